@@ -1,0 +1,23 @@
+"""Where the project is, and how a papermill run is started: shared by all tests."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb"))
+PAPERMILL = ("teacher", "distill", "tables")
+
+
+@pytest.fixture
+def papermill(tmp_path):
+    """Run `papermill` with the given words in `folder`; runs land below the test's own folder. Returns the finished process."""
+
+    def start(*words, folder=ROOT, outputs=tmp_path / "outputs", **options):
+        command = [str(Path(sys.executable).with_name("papermill")), *map(str, words), "-p", "output_dir", str(outputs), "-p", "device", "cpu"]
+        return subprocess.run(command, cwd=folder, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                              **{"capture_output": True, "stdin": subprocess.DEVNULL, **options})
+
+    return start

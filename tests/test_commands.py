@@ -1,0 +1,96 @@
+"""The command forms of the README, as a user types them, on runs made tiny."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SMOKE = ("-p", "smoke", "true", "-p", "max_images", "40", "-p", "teacher", "test_resnet", "-p", "epochs", "1", "-p", "methods", "ce,kd,ctrls_cam")
+
+
+def run_files(outputs):
+    """Contents of all records below `outputs`, by path relative to it."""
+    return {str(path.relative_to(outputs)): path.read_bytes() for path in outputs.rglob("record.json")}
+
+
+def test_all_forms_land_in_the_same_runs(papermill, tmp_path):
+    outputs, executed = tmp_path / "outputs", tmp_path / "executed.ipynb"
+    first = papermill("nbs/distill.ipynb", executed, "-p", "dataset", "synthbirds", *SMOKE)
+    assert first.returncode == 0, first.stderr[-3000:]
+    records = run_files(outputs)
+    assert len(records) == 4, sorted(records)  # teacher, ce, kd, ctrls_cam
+    images = [data for cell in json.loads(executed.read_text())["cells"] for output in cell.get("outputs", []) for data in output.get("data", {}) if data == "image/png"]
+    assert len(images) >= 4
+
+    second = papermill("distill.ipynb", executed, *SMOKE, folder=ROOT / "nbs")
+    assert second.returncode == 0, second.stderr[-3000:]
+    with open(tmp_path / "stdout.json", "w") as stdout:  # without an output path the notebook goes to standard output
+        third = papermill("nbs/distill.ipynb", *SMOKE, capture_output=False, stdout=stdout, stderr=subprocess.PIPE)
+    assert third.returncode == 0, third.stderr[-3000:]
+    fourth = papermill(ROOT / "nbs" / "distill.ipynb", executed, *SMOKE, folder=tmp_path)
+    assert fourth.returncode == 0, fourth.stderr[-3000:]
+    script = f"""
+from ctrlscam import Settings, distill
+config = Settings(smoke=True, max_images=40, teacher="test_resnet", epochs=1, output_dir={str(outputs)!r}, device="cpu")
+assert distill(config).method == "ctrls_cam"
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+    assert run_files(outputs) == records, "a second run changed a record"
+
+    tables = papermill("nbs/tables.ipynb", executed, *SMOKE)
+    assert tables.returncode == 0, tables.stderr[-3000:]
+    assert run_files(outputs) == records
+
+
+def test_teacher_notebook(papermill, tmp_path):
+    done = papermill("nbs/teacher.ipynb", tmp_path / "executed.ipynb", *SMOKE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(run_files(tmp_path / "outputs")) == 1
+
+
+@pytest.mark.parametrize("words, message", [
+    (["-p", "epocs", "3"], "did you mean 'epochs'"),
+    (["-p", "epochs", "3.5"], "epochs = 3.5"),
+    (["-p", "dataset", "cub"], "did you mean 'cub200'"),
+    (["-p", "methods", "ctrlscam"], "did you mean 'ctrls_cam'"),
+    (["-p", "teacher", "resnet5"], "resnet50"),
+], ids=lambda value: value[1] if isinstance(value, list) else "")
+def test_bad_parameters_stop_at_once(papermill, tmp_path, words, message):
+    done = papermill("nbs/distill.ipynb", tmp_path / "executed.ipynb", *words)
+    assert done.returncode == 1
+    assert message in re.sub(r"\x1b\[[0-9;]*m", "", done.stderr)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_bad_settings_are_refused_within_a_second():
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", "from ctrlscam.config import Settings; Settings(epocs=3)"], capture_output=True, text=True)
+    assert "did you mean 'epochs'" in done.stderr
+    assert time.perf_counter() - began < 3, "the check must not wait for torch"
+
+
+def test_killed_papermill_continues(papermill, tmp_path):
+    """SIGKILL to papermill and its kernel in the middle of training; the same command then finishes with the weights of an undisturbed run."""
+    words = ["nbs/distill.ipynb", tmp_path / "executed.ipynb", "-p", "smoke", "true", "-p", "max_images", "60", "-p", "teacher", "test_resnet", "-p", "methods", "ce"]
+    undisturbed = tmp_path / "undisturbed"
+    assert papermill(*words, outputs=undisturbed).returncode == 0
+    outputs = tmp_path / "outputs"
+    command = [str(Path(sys.executable).with_name("papermill")), *map(str, words), "-p", "output_dir", str(outputs), "-p", "device", "cpu"]
+    victim = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(outputs.rglob("checkpoint.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    subprocess.run(["pkill", "-KILL", "-f", str(outputs)], check=False)
+    shutil.rmtree(tmp_path / "executed.ipynb", ignore_errors=True)
+    assert papermill(*words).returncode == 0
+    ours, theirs = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("last.safetensors")} for folder in (outputs, undisturbed))
+    assert ours == theirs and len(ours) == 2
