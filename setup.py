@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="], interpolation=None)
@@ -20,7 +20,7 @@ setup(
     url=config["git_url"],
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["ctrlscam", "ctrlscam.*"]),
+    packages=[config["lib_name"]],
     python_requires=f">={config['min_python']}",
     install_requires=config["requirements"].split(),
     extras_require={"dev": config["dev_requirements"].split()},

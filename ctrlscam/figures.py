@@ -61,6 +61,13 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
             return draw(*args, **kwargs)
     return styled
 
+
+def _new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches that fits its parts to each other; made by pyplot, so that notebooks know how to show it."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(figure)
+    return figure
+
 # %% ../nbs/11_figures.ipynb #017649c0
 METHOD_COLOURS: dict[str, str] = {"teacher": "#222222", "ce": "#999999", "ce_longer": "#009E73", "kd": "#0072B2", "ctrls_cam": "#D55E00"}
 
@@ -195,7 +202,7 @@ def controllable_size_figure(
     hints, signed = _hints(maps, scales, squash), squash == "tanh"
     limits = (-1.0, 1.0) if signed else (0.0, 1.0)
     rows, columns, size = len(images), 1 + len(scales), images.shape[1:3]
-    figure = Figure(figsize=(1.12 * columns + 0.6, 1.12 * rows + 2.7), layout="constrained")
+    figure = _new_figure(1.12 * columns + 0.6, 1.12 * rows + 2.7)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.12 * rows + 0.2, 2.5], hspace=0.03)
     grid = top.subplots(rows, columns, squeeze=False)
     scale = {"cmap": sns.color_palette(SIGNED if signed else UNSIGNED, as_cmap=True), "norm": Normalize(*limits)}
@@ -223,7 +230,7 @@ def hint_comparison_figure(
     _check_pairs(images, **maps, **({} if masks is None else {"masks": masks}))
     rows, columns, size = len(images), 1 + len(maps), images.shape[1:3]
     maps = {name: np.asarray(one[:rows], dtype=np.float32) for name, one in maps.items()}
-    figure = Figure(figsize=(1.45 * columns + 1.0, 1.45 * rows + 0.3), layout="constrained")
+    figure = _new_figure(1.45 * columns + 1.0, 1.45 * rows + 0.3)
     grid, scale = figure.subplots(rows, columns, squeeze=False), map_scale(*maps.values())
     for column, (name, own) in enumerate(maps.items(), start=1):
         drawn = [_picture(axes, one, size, **scale) for axes, one in zip(grid[:, column], own)]
@@ -296,7 +303,7 @@ def training_curves_figure(metrics: pd.DataFrame, *, columns: Sequence[str] | No
         raise ValueError(f"The table of metrics has no column to draw among {list(metrics)}; expected some of {', '.join(PANELS)}.")
     across = min(3, len(columns))
     down = -(-len(columns) // across)
-    figure = Figure(figsize=(2.75 * across + 0.3, 2.05 * down + 0.55), layout="constrained")
+    figure = _new_figure(2.75 * across + 0.3, 2.05 * down + 0.55)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for place, (axes, column) in enumerate(zip(panels, columns)):
         _curves(axes, metrics, column)
@@ -314,7 +321,7 @@ def agreement_figure(metrics: pd.DataFrame) -> Figure:
     `metrics` has the columns epoch, method, seed and agreement. Raises ValueError if one is missing.
     """
     _check_metrics(metrics, "agreement")
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    figure = _new_figure(5.2, 3.3)
     axes = figure.subplots()
     _curves(axes, metrics, "agreement")
     axes.set(title="", ylabel="correlation with the teacher's map")
@@ -373,7 +380,7 @@ def accuracy_figure(table: pd.DataFrame, *, chance: float | None = None) -> Figu
     missing = [name for name in ("row", "mean", "low", "high", "n") if name not in table]
     if missing or table.empty:
         raise ValueError(f"The table of accuracies has {len(table)} rows and lacks {', '.join(missing) or 'none'} of the needed columns row, mean, low, high, n.")
-    figure = Figure(figsize=(6.4, 0.36 * len(table) + 0.75), layout="constrained")
+    figure = _new_figure(6.4, 0.36 * len(table) + 0.75)
     axes = figure.subplots()
     for place, row in enumerate(table.to_dict("records")):
         colour, alone = method_colour(row["row"]), np.isnan(row["low"])
@@ -411,7 +418,7 @@ def family_figure(report: pd.DataFrame) -> Figure:
         raise ValueError("The report has no rows or no column chance_share; pass the table that family_report returns.")
     named = report if "method" in report else report.assign(method="")
     families, methods = list(dict.fromkeys(named["family"])), list(dict.fromkeys(named["method"]))
-    figure = Figure(figsize=(7.2, max(1.9, (0.1 + 0.24 * len(methods)) * len(families) + 1.1)), layout="constrained")
+    figure = _new_figure(7.2, max(1.9, (0.1 + 0.24 * len(methods)) * len(families) + 1.1))
     left, right = figure.subplots(1, 2, sharey=True)
     height = 0.76 / len(methods)
     for number, method in enumerate(methods):
