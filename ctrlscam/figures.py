@@ -10,6 +10,7 @@ __all__ = ['STYLE', 'METHOD_COLOURS', 'SIGNED', 'UNSIGNED', 'SCALES', 'PANELS', 
 # %% ../nbs/11_figures.ipynb #76af02e8
 import io
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -330,12 +331,6 @@ def agreement_figure(metrics: pd.DataFrame) -> Figure:
     return figure
 
 # %% ../nbs/11_figures.ipynb #dd83bfd2
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code, which is so in Lab, VS Code, papermill and nbconvert."""
-    shell = get_ipython()
-    return shell is not None and "IPKernelApp" in shell.config
-
-
 class LiveCurve:
     """A figure of training curves that is replaced while a run goes on; silent outside a notebook.
 
@@ -344,7 +339,8 @@ class LiveCurve:
     """
 
     def __init__(self, *, seconds: float = 3.0, enabled: bool | None = None):
-        self.seconds, self.enabled = seconds, _in_notebook() if enabled is None else enabled
+        in_notebook = "IPKernelApp" in getattr(get_ipython(), "config", ())  # Lab, VS Code, papermill, nbconvert
+        self.seconds, self.enabled = seconds, in_notebook if enabled is None else enabled
         self._handle, self._drawn, self._waiting = None, float("-inf"), None
 
     def update(self, metrics: pd.DataFrame) -> None:
@@ -355,13 +351,18 @@ class LiveCurve:
 
     def draw(self) -> None:
         """Show the latest metrics now, if they are not shown yet."""
-        if self.enabled and self._waiting is not None:
+        if not self.enabled or self._waiting is None:
+            return
+        try:
             figure, self._waiting = training_curves_figure(self._waiting), None
             if self._handle is None:
                 self._handle = display(figure, display_id=True)
             else:
                 self._handle.update(figure)
-            self._drawn = time.monotonic()
+        except Exception as error:  # a picture must not end a run of hours
+            self.enabled = False
+            warnings.warn(f"The live figure is switched off, training goes on: {error}", stacklevel=2)
+        self._drawn = time.monotonic()
 
     def __enter__(self) -> "LiveCurve":
         return self
@@ -379,15 +380,19 @@ def accuracy_figure(table: pd.DataFrame, *, chance: float | None = None) -> Figu
     """
     missing = [name for name in ("row", "mean", "low", "high", "n") if name not in table]
     if missing or table.empty:
-        raise ValueError(f"The table of accuracies has {len(table)} rows and lacks {', '.join(missing) or 'none'} of the needed columns row, mean, low, high, n.")
+        raise ValueError(f"The table of accuracies has {len(table)} rows and lacks {', '.join(missing) or 'none'} of the needed columns "
+                         "row, mean, low, high, n.")
     figure = _new_figure(6.4, 0.36 * len(table) + 0.75)
     axes = figure.subplots()
     for place, row in enumerate(table.to_dict("records")):
         colour, alone = method_colour(row["row"]), np.isnan(row["low"])
         bar = None if alone else [[100 * (row["mean"] - row["low"])], [100 * (row["high"] - row["mean"])]]
-        axes.errorbar(100 * row["mean"], place, xerr=bar, fmt="o", color=colour, markerfacecolor="white" if alone else colour, markersize=6.5, capsize=3.5, elinewidth=1.8)
-        axes.annotate(str(Interval(row["mean"], row["low"], row["high"], int(row["n"]))), (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
-    axes.set(yticks=range(len(table)), yticklabels=table.get("title", table["row"].map(method_label)), ylim=(len(table) - 0.4, -0.6), xlabel="top-1 accuracy on the test images (%), mean and 95 % interval over seeds")
+        axes.errorbar(100 * row["mean"], place, xerr=bar, fmt="o", color=colour, markerfacecolor="white" if alone else colour,
+                      markersize=6.5, capsize=3.5, elinewidth=1.8)
+        printed = str(Interval(row["mean"], row["low"], row["high"], int(row["n"])))
+        axes.annotate(printed, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+    axes.set(yticks=range(len(table)), yticklabels=table.get("title", table["row"].map(method_label)), ylim=(len(table) - 0.4, -0.6),
+             xlabel="top-1 accuracy on the test images (%), mean and 95 % interval over seeds")
     axes.grid(axis="y", visible=False)
     if chance is not None:
         axes.axvline(100 * chance, color="#777777", linestyle=":", linewidth=1.2)
@@ -399,7 +404,8 @@ def accuracy_figure(table: pd.DataFrame, *, chance: float | None = None) -> Figu
 def _family_accuracy(axes: Axes, rows: pd.DataFrame, places: np.ndarray, method: str) -> None:
     """Accuracy of each family (percent) with its Wilson interval, one dot per family."""
     bars = 100 * np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]])
-    axes.errorbar(100 * rows["accuracy"], places, xerr=bars, fmt="o", color=method_colour(method), markersize=4.5, capsize=2.5, elinewidth=1.4, label=method_label(method) or None)
+    axes.errorbar(100 * rows["accuracy"], places, xerr=bars, fmt="o", color=method_colour(method), markersize=4.5, capsize=2.5, elinewidth=1.4,
+                  label=method_label(method))
 
 
 def _family_errors(axes: Axes, rows: pd.DataFrame, places: np.ndarray, method: str, height: float) -> None:
@@ -411,6 +417,15 @@ def _family_errors(axes: Axes, rows: pd.DataFrame, places: np.ndarray, method: s
     axes.vlines(blind, places - 0.62 * height, places + 0.62 * height, color="black", linewidth=1.4)
 
 
+def _family_legends(figure: Figure, left: Axes, methods: Sequence[str]) -> None:
+    """Which colour is which method (below, if there are several) and, above, what the parts of a bar are."""
+    if len(methods) > 1:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    colour = method_colour(methods[0]) if len(methods) == 1 else "#555555"
+    kinds = [Patch(color=colour), Patch(color=colour, alpha=0.35, linewidth=0), Line2D([], [], color="black", linewidth=1.4, marker="|", markersize=9, linestyle="")]
+    figure.legend(kinds, ["inside the family", "outside", "split of blind errors"], loc="outside upper right", ncols=3, columnspacing=1.2, handlelength=1.4)
+
+# %% ../nbs/11_figures.ipynb #8636d69f
 @_styled
 def family_figure(report: pd.DataFrame) -> Figure:
     """Accuracy and kinds of error per family, from the table of `family_report`, optionally with a column `method`."""
@@ -434,12 +449,3 @@ def family_figure(report: pd.DataFrame) -> Figure:
     right.grid(axis="y", visible=False)
     _family_legends(figure, left, methods)
     return figure
-
-
-def _family_legends(figure: Figure, left: Axes, methods: Sequence[str]) -> None:
-    """Which colour is which method (below, if there are several) and, above, what the parts of a bar are."""
-    if len(methods) > 1:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
-    colour = method_colour(methods[0]) if len(methods) == 1 else "#555555"
-    kinds = [Patch(color=colour), Patch(color=colour, alpha=0.35, linewidth=0), Line2D([], [], color="black", linewidth=1.4, marker="|", markersize=9, linestyle="")]
-    figure.legend(kinds, ["inside the family", "outside", "split of blind errors"], loc="outside upper right", ncols=3, columnspacing=1.2, handlelength=1.4)

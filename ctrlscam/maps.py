@@ -24,7 +24,6 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
     "A context in which matrix products keep the precision of their inputs."
     return torch.autocast(tensor.device.type, enabled=False)
 
-# %% ../nbs/04_maps.ipynb #36fccc5c
 def _check_features(features: Tensor, weight: Tensor) -> None:
     "Stop unless the features are B×C×H×W and the weight is K×C with the same C."
     if features.ndim != 4 or weight.ndim != 2 or weight.shape[1] != features.shape[1]:
@@ -245,7 +244,6 @@ def binarize_maps(maps: Tensor,  # …×H×W
     maps = full_precision(maps.detach())
     return (maps > maps.abs().mean((-2, -1), keepdim=True)).to(maps.dtype)
 
-# %% ../nbs/04_maps.ipynb #5190c755
 def normalize_maps(maps: Tensor,  # …×H×W
                    eps: float = 1e-12,  # a map not longer than this counts as zero
                    ) -> Tensor:  # same shape
@@ -286,7 +284,6 @@ def _area_weights(source: int, target: int, like: Tensor) -> Tensor:
     overlap = torch.minimum(left + width, cell + 1) - torch.maximum(left, cell)
     return overlap.clamp_min(0) / width
 
-# %% ../nbs/04_maps.ipynb #33173c9d
 def _to_grid(maps: Tensor, height: int, width: int) -> Tensor:
     "Area average of …×H×W maps on a coarser height×width grid."
     maps = full_precision(maps)

@@ -7,7 +7,8 @@ __all__ = ['WATCHED_IMAGES', 'seeded', 'pick_device', 'build_student', 'load_net
            'build_schedule', 'Progress', 'RunState', 'start_run', 'loss_terms', 'train_epoch', 'evaluate_split',
            'split_maps', 'watch_epoch', 'save_checkpoint', 'CheckpointError', 'resume', 'run_epoch', 'fit',
            'map_measures', 'describe_data', 'finish_run', 'locked', 'check_inputs', 'run', 'train_teacher', 'distill',
-           'distill_all', 'read_metrics', 'read_maps', 'agreement_over_training', 'evaluate']
+           'distill_all', 'read_metrics', 'read_maps', 'agreement_over_training', 'Examples', 'example_images',
+           'read_example_hints', 'paired_table', 'hardest_classes', 'evaluate']
 
 # %% ../nbs/10_train.ipynb #7dc4fe13
 import fcntl
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from .config import Settings, baseline_settings, identity_hash, project_root, teacher_settings
 from .data import Batches, centre_crop, class_count, load_table, make_batches, on_device, open_pictures, part_masks
 from .evaluate import Predictions, collect_maps, evaluate_model, map_quality, mcnemar, paired_bootstrap, predictions_table, summary
-from .maps import map_agreement, standardize_maps
+from .maps import map_agreement, squash_maps, standardize_maps
 from .methods import find_method, starts_from_baseline
 from .models import Classifier, check_grid, count_parameters, freeze_batchnorm
 from .records import (Record, Score, describe_environment, file_sha256, find_records, public_settings, read_record, row_title, run_folder, run_identity,
@@ -471,6 +472,58 @@ def agreement_over_training(config: Settings, runs: list[Settings]) -> pd.DataFr
             student = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
             rows.append(dict(epoch=int(file.stem.split("-")[1]), method=one.method, seed=one.seed, agreement=float(map_agreement(student, teacher).mean())))
     return pd.DataFrame(rows)
+
+# %% ../nbs/10_train.ipynb #05ddb363
+class Examples(NamedTuple):
+    """Test images for figures: N×size×size×3 uint8, their places in the test split, class names and part masks (or None)."""
+
+    images: np.ndarray
+    places: np.ndarray
+    titles: list[str]
+    masks: np.ndarray | None
+
+
+def example_images(config: Settings, count: int) -> Examples:
+    """`count` images of the test split, evenly spread, as the networks see them."""
+    table = load_table(config)
+    test = table[table.split == "test"].reset_index(drop=True)
+    places = np.linspace(0, len(test) - 1, count).round().astype(int)
+    chosen = test.iloc[places]
+    pictures = open_pictures(chosen, config.replace(cache_gigabytes=0))  # so few that no copy is worth keeping
+    images = np.stack([centre_crop(np.asarray(pictures[k]), config.image_size) for k in range(count)])
+    return Examples(images, places, chosen.class_name.tolist(), part_masks(chosen, config))
+
+
+def read_example_hints(config: Settings, run: Settings, examples: Examples) -> np.ndarray:
+    """Hint maps N×H×W of the finished `run` for `examples`, at the scale and squash of `config`."""
+    return squash_maps(torch.from_numpy(read_maps(run)[examples.places]), config.scale, config.squash).numpy()
+
+# %% ../nbs/10_train.ipynb #e8d765f7
+def _correct(config: Settings) -> pd.Series:
+    """Whether each test image of a finished run was recognised, by image."""
+    return pd.read_csv(run_folder(config) / "predictions.csv").set_index("index").correct.astype(bool)
+
+
+def paired_table(config: Settings) -> pd.DataFrame:
+    """The last method against every other student, seed by seed: accuracy difference with a bootstrap interval over images, discordant images, McNemar's p."""
+    runs = table_runs(config)
+    last, rows = config.methods[-1], []
+    for other in [method for method in config.methods if method != last]:
+        for ours, theirs in zip(runs[last], runs[other]):
+            a, b = _correct(ours).align(_correct(theirs), join="inner")
+            difference, test = paired_bootstrap(a.to_numpy(), b.to_numpy()), mcnemar(a.to_numpy(), b.to_numpy())
+            rows.append({"": f"{row_title(last)} − {row_title(other)}", "seed": ours.seed, "points": str(difference),
+                         f"only {row_title(last)} right": test.only_a, "only the other right": test.only_b, "p": float(f"{test.p:.2g}")})
+    return pd.DataFrame(rows).set_index("") if rows else pd.DataFrame()
+
+
+def hardest_classes(config: Settings, count: int = 8) -> pd.DataFrame:
+    """The classes that a finished run recognises least, with the class each is most often taken for."""
+    rows = pd.read_csv(run_folder(config) / "predictions.csv")
+    wrong = rows[rows.correct == 0].groupby("label_name").prediction_name.agg(lambda names: names.mode().iloc[0])
+    share = rows.groupby("label_name").correct.agg(["mean", "size"]).sort_values("mean", kind="stable")
+    table = share.rename(columns={"mean": "recognised", "size": "images"}).join(wrong.rename("most often taken for")).head(count)
+    return table.assign(recognised=[f"{100 * value:.0f} %" for value in table.recognised]).rename_axis("class")
 
 # %% ../nbs/10_train.ipynb #e1757d45
 def evaluate(config: Settings, checkpoint: str | Path) -> Record:
