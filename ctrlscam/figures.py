@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import DisplayHandle
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -100,8 +100,8 @@ def map_scale(*maps: np.ndarray) -> dict[str, Any]:
     return {"cmap": sns.color_palette(SIGNED if signed else UNSIGNED, as_cmap=True), "norm": Normalize(-top if signed else 0.0, top)}
 
 # %% ../nbs/11_figures.ipynb #f3f99c3b
-def save_figure(figure: Figure, path: str | Path, alt: str) -> list[Path]:
-    """Write `figure` as path.png, path.svg, path.pdf and its description `alt` as path.txt; returns the four paths.
+def save_figure(figure: Figure, path: str | Path, alt: str) -> Figure:
+    """Write `figure` as path.png, path.svg, path.pdf and its description `alt` as path.txt; returns the figure, so that a notebook shows it.
 
     Each file is complete or absent. Raises ValueError for an empty `alt` or a path that already ends in one of the suffixes.
     """
@@ -111,16 +111,13 @@ def save_figure(figure: Figure, path: str | Path, alt: str) -> list[Path]:
     if path.suffix in (".png", ".svg", ".pdf", ".txt"):
         raise ValueError(f"Give the path of figure {path.name} without its suffix; PNG, SVG, PDF and text are all written.")
     undated = {"png": {"Description": alt}, "svg": {"Date": None, "Description": alt}, "pdf": {"CreationDate": None, "Subject": alt}}
-    written = []
     for kind, metadata in undated.items():
         content = io.BytesIO()
         with plt.rc_context(STYLE):
             figure.savefig(content, format=kind, metadata=metadata, bbox_inches="tight")
-        written.append(path.with_name(f"{path.name}.{kind}"))
-        write_bytes(written[-1], content.getvalue())
-    written.append(path.with_name(f"{path.name}.txt"))
-    write_bytes(written[-1], (alt.strip() + "\n").encode())
-    return written
+        write_bytes(path.with_name(f"{path.name}.{kind}"), content.getvalue())
+    write_bytes(path.with_name(f"{path.name}.txt"), (alt.strip() + "\n").encode())
+    return figure
 
 # %% ../nbs/11_figures.ipynb #1e79736c
 def overlay(image: np.ndarray, map: np.ndarray, *, limits: tuple[float, float] | None = None, strength: float = 0.75) -> np.ndarray:
@@ -144,12 +141,12 @@ def _picture(axes: Axes, picture: np.ndarray, size: tuple[int, int], **scale: An
     return axes.imshow(picture, extent=(0, size[1], size[0], 0), interpolation="nearest", **scale)
 
 
-def _outline(axes: Axes, mask: np.ndarray) -> None:
-    """Draw the border of a mask (H×W bool) in pixel coordinates; nothing for an empty mask."""
+def _outline(axes: Axes, mask: np.ndarray, size: tuple[int, int]) -> None:
+    """Draw the border of a mask (h×w bool) over a frame of `size`; nothing for an empty mask."""
     if mask.any():
-        height, width = mask.shape
+        rows, columns = ((np.arange(cells) + 0.5) * side / cells for cells, side in zip(mask.shape, size))
         for colour, linewidth in (("#222222", 2.0), ("white", 0.9)):
-            axes.contour(np.arange(width) + 0.5, np.arange(height) + 0.5, mask.astype(float), levels=[0.5], colors=colour, linewidths=linewidth)
+            axes.contour(columns, rows, mask.astype(float), levels=[0.5], colors=colour, linewidths=linewidth)
 
 
 def _check_pairs(images: np.ndarray, **maps: np.ndarray) -> None:
@@ -242,7 +239,7 @@ def hint_comparison_figure(
         _picture(grid[row, 0], image, size)
         grid[row, 0].set_ylabel(titles[row] if titles else "", fontsize=8.5)
         for axes in grid[row] if masks is not None else ():
-            _outline(axes, masks[row])
+            _outline(axes, masks[row], size)
     grid[0, 0].set_title("image")
     figure.colorbar(drawn[0], ax=grid, shrink=min(1.0, 2.0 / rows), aspect=18, pad=0.01, label="value of the map").outline.set_visible(False)
     return figure
@@ -256,7 +253,8 @@ def _print_agreement(axes: Sequence[Axes], maps: np.ndarray, teacher: np.ndarray
 # %% ../nbs/11_figures.ipynb #6b982e91
 PANELS: dict[str, str] = {
     "train_ce": "cross-entropy (training)", "train_kd": "distillation loss (training)", "train_hint": "hint loss (training)",
-    "val_top1": "accuracy on validation images (%)", "agreement": "map agreement with the teacher", "learning_rate": "learning rate",
+    "train_top1": "accuracy on training views (%)", "val_top1": "accuracy on validation images (%)",
+    "agreement": "map agreement with the teacher", "learning_rate": "learning rate",
 }
 
 
@@ -293,12 +291,13 @@ def _shared_legend(figure: Figure, metrics: pd.DataFrame) -> None:
 def training_curves_figure(metrics: pd.DataFrame, *, columns: Sequence[str] | None = None) -> Figure:
     """One panel per metric over the epochs, one curve per method with its band over seeds.
 
-    `metrics` has the columns epoch, method, seed and numeric columns; drawn are those of `PANELS` and every further `train_*` loss term,
+    `metrics` has the columns epoch, method, seed and numeric columns; drawn are those of `PANELS` and every further `train_*` loss term (not their sum),
     or just `columns`. Raises ValueError if the table is empty or a column is missing.
     """
     _check_metrics(metrics, *(columns or ()))
-    further = [name for name in metrics if name.startswith("train_") and name not in PANELS]
-    columns = columns or [name for name in ([n for n in PANELS if n.startswith("train_")] + further + list(PANELS)[3:]) if name in metrics]
+    further = [name for name in metrics if name.startswith("train_") and name not in (*PANELS, "train_total")]
+    terms, others = list(PANELS)[:3] + further, list(PANELS)[3:]
+    columns = columns or [name for name in terms + others if name in metrics]
     columns = [name for name in columns if metrics[name].notna().any()]
     if not columns:
         raise ValueError(f"The table of metrics has no column to draw among {list(metrics)}; expected some of {', '.join(PANELS)}.")
@@ -330,45 +329,46 @@ def agreement_figure(metrics: pd.DataFrame) -> Figure:
     _shared_legend(figure, metrics)
     return figure
 
-# %% ../nbs/11_figures.ipynb #dd83bfd2
+# %% ../nbs/11_figures.ipynb #5c95e7e5
 class LiveCurve:
-    """A figure of training curves that is replaced while a run goes on; silent outside a notebook.
+    """A figure of training curves that is replaced while runs go on: call it with the metrics (epoch, method, seed, …) of a run after each epoch.
 
-    Use as `with LiveCurve() as live:` and call `live.update(metrics)` after each epoch, with the table of `training_curves_figure`.
-    Draws at most every `seconds`. `enabled` overrides the check for a notebook.
+    Silent outside a notebook. Draws at most every `seconds`, and once more when the cell ends. `enabled` overrides the check for a notebook.
     """
 
     def __init__(self, *, seconds: float = 3.0, enabled: bool | None = None):
         in_notebook = "IPKernelApp" in getattr(get_ipython(), "config", ())  # Lab, VS Code, papermill, nbconvert
-        self.seconds, self.enabled = seconds, in_notebook if enabled is None else enabled
-        self._handle, self._drawn, self._waiting = None, float("-inf"), None
+        self.enabled = in_notebook if enabled is None else enabled
+        self._seconds, self._runs, self._handle, self._drawn, self._waiting = seconds, {}, DisplayHandle(), float("-inf"), False
 
-    def update(self, metrics: pd.DataFrame) -> None:
-        """Show `metrics` now if enough time has passed, otherwise at a later call."""
-        self._waiting = metrics
-        if time.monotonic() - self._drawn >= self.seconds:
-            self.draw()
-
-    def draw(self) -> None:
-        """Show the latest metrics now, if they are not shown yet."""
-        if not self.enabled or self._waiting is None:
+    def __call__(self, metrics: pd.DataFrame) -> None:
+        """Take the rows of one or more runs in place of what they had so far; draw if enough time has passed."""
+        if not self.enabled:
             return
+        self._runs |= {key: rows for key, rows in metrics.groupby(["method", "seed"], sort=False)}
+        if not self._waiting and get_ipython() is not None:
+            get_ipython().events.register("post_run_cell", self._finish)
+        self._waiting = True
+        if time.monotonic() - self._drawn >= self._seconds:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Show what is known now, in place of the picture before."""
         try:
-            figure, self._waiting = training_curves_figure(self._waiting), None
-            if self._handle is None:
-                self._handle = display(figure, display_id=True)
-            else:
-                self._handle.update(figure)
+            figure = training_curves_figure(pd.concat(self._runs.values(), ignore_index=True))
+            show = self._handle.display if self._drawn < 0 else self._handle.update
+            show(figure)
         except Exception as error:  # a picture must not end a run of hours
             self.enabled = False
             warnings.warn(f"The live figure is switched off, training goes on: {error}", stacklevel=2)
         self._drawn = time.monotonic()
 
-    def __enter__(self) -> "LiveCurve":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.draw()
+    def _finish(self, result: Any = None) -> None:
+        """At the end of a cell: show the last state, and stop listening until the next call."""
+        self._waiting = False
+        get_ipython().events.unregister("post_run_cell", self._finish)
+        if self.enabled:
+            self._draw()
 
 # %% ../nbs/11_figures.ipynb #32640d67
 @_styled

@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 # %% ../nbs/01_synthetic.ipynb #15517bb3
-VERSION = 1  # grows with every change that alters a pixel
+VERSION = 2  # grows with every change that alters a pixel
 
-MARK_CONTRAST = (0.40, 0.95)  # share of the mark's own colour, the rest is plumage
+MARK_CONTRAST = (0.50, 1.00)  # share of the mark's own colour, the rest is plumage
 PART_SCALE = 1.0              # size of the discriminative parts, crowns excepted; 1 is natural
 BIRD_EXTENT = (0.55, 0.88)    # longer side of the bird's box, as a share of the frame
 TURN = 18.0                   # largest rotation either way, degrees

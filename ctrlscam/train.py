@@ -450,7 +450,9 @@ def distill(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = 
 def distill_all(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> dict[str, list[Record]]:
     """The records behind the accuracy table of `config`: a list over seeds for the teacher and for each method."""
     check_inputs(config)
-    return {row: [run(one, on_epoch) for one in runs] for row, runs in table_runs(config).items()}
+    # The teacher's run is a `ce` run like the student's own; whoever watches should be able to tell them apart.
+    as_teacher = None if on_epoch is None else lambda metrics: on_epoch(metrics.assign(method="teacher"))
+    return {row: [run(one, as_teacher if row == "teacher" else on_epoch) for one in runs] for row, runs in table_runs(config).items()}
 
 # %% ../nbs/10_train.ipynb #6fbf6660
 def read_metrics(runs: list[Settings]) -> pd.DataFrame:
