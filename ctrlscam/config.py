@@ -40,17 +40,15 @@ def project_root() -> Path:
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     "synthbirds": dict(
-        image_size=64, teacher="resnet10t", student="test_resnet", teacher_weights="scratch", student_weights="scratch",
-        teacher_output_stride=8, student_output_stride=8, batch_size=32, schedule="cosine", warmup_epochs=1,
-        teacher_epochs=8, baseline_epochs=8, epochs=8, teacher_learning_rate=0.05, baseline_learning_rate=0.05, learning_rate=0.02,
-        weight_decay=5e-4,
+        image_size=64, teacher="test_resnet", student="test_efficientnet", teacher_weights="scratch", student_weights="scratch",
+        teacher_output_stride=8, student_output_stride=8, batch_size=32, optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1,
+        teacher_epochs=12, baseline_epochs=6, epochs=6, teacher_learning_rate=3e-3, baseline_learning_rate=3e-3, learning_rate=2e-3,
     ),
     "small": dict(
         image_size=128, teacher="mobilenetv2_100", student="test_resnet", student_weights="scratch",
         teacher_weights="data/weights/mobilenetv2_100_imagenet_trunk.safetensors", teacher_frozen_batchnorm=True,
-        teacher_output_stride=16, student_output_stride=16, batch_size=32, schedule="cosine", warmup_epochs=1,
-        teacher_epochs=15, baseline_epochs=30, epochs=30, teacher_learning_rate=0.01, baseline_learning_rate=0.05, learning_rate=0.02,
-        weight_decay=5e-4,
+        teacher_output_stride=16, student_output_stride=16, batch_size=32, optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1,
+        teacher_epochs=8, baseline_epochs=24, epochs=12, teacher_learning_rate=5e-4, baseline_learning_rate=3e-3, learning_rate=2e-3,
     ),
 }
 

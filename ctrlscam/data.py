@@ -53,7 +53,7 @@ def _first_five(items) -> str:
     return ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "")
 
 # %% ../nbs/02_data.ipynb #4e761997
-TRAIN_PER_SPECIES, TEST_PER_SPECIES = 180, 50
+TRAIN_PER_SPECIES, TEST_PER_SPECIES = 160, 50
 
 
 def index_synthbirds(root: Path | None = None) -> pd.DataFrame:
