@@ -35,6 +35,7 @@ export: install  ## notebooks to package, from nothing
 
 readme: install  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to markdown --no-input --output-dir . --output README nbs/index.ipynb
+	sed -i -E 's#\]\(([0-9a-z_]+\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md
 
 lab: install  ## step through the notebooks
 	$(BIN)/jupyter lab nbs

@@ -121,7 +121,7 @@ class TrainingSettings(BaseModel):
     step_epochs: int = _field(30, "training", "epochs between two falls of the step schedule", ge=1)
     milestones: Counts = _field([30, 60, 90], "training", "epochs at which the multistep schedule falls, comma-separated")
     gamma: float = _field(0.1, "training", "factor of each fall of step and multistep", gt=0, le=1)
-    warmup_epochs: int = _field(0, "training", "epochs over which the learning rate rises from a hundredth", ge=0)
+    warmup_epochs: int = _field(0, "training", "epochs over which the learning rate rises in equal steps to its peak", ge=0)
     min_learning_rate: float = _field(0.0, "training", "where the cosine schedule ends", ge=0)
     precision: Literal["fp32", "bf16"] = _field("fp32", "training", "fp32, or bf16 autocast")
 

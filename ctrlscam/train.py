@@ -101,7 +101,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: Settings) -> Schedu
     shapes = dict(step=dict(decay_epochs=config.step_epochs), multistep=dict(decay_milestones=config.milestones), cosine={})
     schedule, _ = create_scheduler_v2(
         optimizer, sched=config.schedule, num_epochs=config.epochs, decay_rate=config.gamma, min_lr=config.min_learning_rate,
-        warmup_epochs=config.warmup_epochs, warmup_lr=config.learning_rate / 100, **shapes[config.schedule])
+        warmup_epochs=config.warmup_epochs, warmup_lr=config.learning_rate / (config.warmup_epochs + 1), **shapes[config.schedule])
     return schedule
 
 # %% ../nbs/10_train.ipynb #c5014fe1
@@ -171,7 +171,7 @@ def train_epoch(state: RunState, epoch: int) -> dict[str, float]:
     state.student.train()
     state.objective.train()
     sums, seen = {}, 0
-    steps = tqdm(on_device(state.batches["train"](epoch), state.device), total=len(state.batches["train"]), leave=False, delay=3, mininterval=1,
+    steps = tqdm(on_device(state.batches["train"](epoch), state.device), total=len(state.batches["train"]), leave=False, delay=30, mininterval=5,
                  desc=f"{state.config.method} epoch {epoch + 1}")
     for images, labels, _ in steps:
         terms, correct = loss_terms(state, images, labels)

@@ -60,7 +60,7 @@ def test_modules_import_only_from_above():
     order = ["config", "synthetic", "data", "models", "maps", "losses", "methods", "evaluate", "records", "train", "figures"]
     for place, module in enumerate(order):
         text = (ROOT / "ctrlscam" / f"{module}.py").read_text(encoding="utf-8")
-        used = set(re.findall(r"^from ctrlscam\.(\w+) import", text, re.M))
+        used = set(re.findall(r"^from \.(\w+) import", text, re.M))
         assert used <= set(order[:place]), f"{module} imports {used - set(order[:place])} from below"
 
 
