@@ -46,9 +46,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "small": dict(
         image_size=128, teacher="mobilenetv2_100", student="test_resnet", student_weights="scratch",
-        teacher_weights="data/weights/mobilenetv2_100_imagenet_trunk.safetensors", teacher_frozen_batchnorm=True,
-        teacher_output_stride=16, student_output_stride=16, batch_size=32, optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1,
-        teacher_epochs=8, baseline_epochs=24, epochs=12, teacher_learning_rate=5e-4, baseline_learning_rate=3e-3, learning_rate=2e-3,
+        teacher_weights="data/weights/mobilenetv2_100_imagenet_trunk.safetensors", teacher_frozen_batchnorm=True, teacher_layer_decay=0.6,
+        teacher_output_stride=16, student_output_stride=16, batch_size=16, optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1,
+        teacher_epochs=8, baseline_epochs=16, epochs=8, teacher_learning_rate=7e-4, baseline_learning_rate=2e-3, learning_rate=1e-3,
     ),
 }
 
@@ -97,11 +97,13 @@ class NetworkSettings(BaseModel):
     teacher: str = _field("resnet50", "teacher", "timm model name of the teacher", min_length=1)
     teacher_weights: str = _field("timm", "teacher", "scratch, timm (download) or a .safetensors file, relative to the project root", min_length=1)
     teacher_output_stride: Literal[8, 16, 32] = _field(32, "teacher", "input pixels per cell of the teacher's last feature grid: 8, 16 or 32")
-    teacher_frozen_batchnorm: bool = _field(False, "teacher", "keep the teacher's BatchNorm in evaluation mode while it is fine-tuned")
+    teacher_frozen_batchnorm: bool = _field(False, "teacher", "keep the teacher's BatchNorm layers as they were loaded while the rest trains")
+    teacher_layer_decay: float = _field(1.0, "teacher", "factor on the teacher's learning rate from each layer to the one below it; 1 trains all alike", gt=0, le=1)
     student: str = _field("resnet18", "student", "timm model name of the student", min_length=1)
     student_weights: str = _field("timm", "student", "scratch, timm (download) or a .safetensors file, relative to the project root", min_length=1)
     student_output_stride: Literal[8, 16, 32] = _field(32, "student", "input pixels per cell of the student's last feature grid: 8, 16 or 32")
-    student_frozen_batchnorm: bool = _field(False, "student", "keep the student's BatchNorm in evaluation mode while it is trained")
+    student_layer_decay: float = _field(1.0, "student", "factor on the student's learning rate from each layer to the one below it; 1 trains all alike", gt=0, le=1)
+    student_frozen_batchnorm: bool = _field(False, "student", "keep the student's BatchNorm layers as they were loaded while the rest trains")
 
 # %% ../nbs/00_config.ipynb #19ff0c1c
 class TrainingSettings(BaseModel):
@@ -302,7 +304,7 @@ def teacher_settings(config: Settings) -> Settings:
     """The run that trains the teacher of `config`: cross-entropy alone, the teacher in the student's place."""
     return config.replace(
         method="ce", student=config.teacher, student_weights=config.teacher_weights, student_output_stride=config.teacher_output_stride,
-        student_frozen_batchnorm=config.teacher_frozen_batchnorm, epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate)
+        student_frozen_batchnorm=config.teacher_frozen_batchnorm, student_layer_decay=config.teacher_layer_decay, epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate)
 
 
 def baseline_settings(config: Settings) -> Settings:

@@ -387,10 +387,14 @@ class Classifier(_GridView):
 
 # %% ../nbs/03_models.ipynb #e66b9d82
 def freeze_batchnorm(model: Classifier, frozen: bool = True) -> Classifier:
-    """Let all BatchNorm layers use and keep their running statistics, in training too. Their scale and shift still train.
+    """Keep all BatchNorm layers as they are while the rest trains: running statistics, scale and shift.
 
     Holds through later calls of `model.train()`, and in copies of the model. `frozen=False` undoes it. Returns the model."""
     model.frozen_batchnorm = frozen
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not frozen)
     return model.train(model.training)
 
 

@@ -29,6 +29,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from timm.optim import param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -87,13 +88,18 @@ def load_teacher(config: Settings, num_classes: int, device: torch.device) -> Cl
     return load_network(run, num_classes, run_folder(run) / "picked.safetensors").to(device).eval().requires_grad_(False)
 
 # %% ../nbs/10_train.ipynb #1d56be52
-def build_optimizer(modules: nn.Module, config: Settings) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters of `modules` that train."""
-    parameters = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+def build_optimizer(student: Classifier, objective: nn.Module, config: Settings) -> torch.optim.Optimizer:
+    """SGD or AdamW over all parameters of student and objective that train; lower layers more slowly if `student_layer_decay` is below 1."""
+    if config.student_layer_decay < 1:
+        groups = param_groups_layer_decay(student.backbone, config.weight_decay, layer_decay=config.student_layer_decay)
+    else:
+        groups = [{"params": [parameter for parameter in student.parameters() if parameter.requires_grad]}]
+    if own := list(objective.parameters()):
+        groups.append({"params": own})
     common = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **common)
-    return torch.optim.AdamW(parameters, betas=(config.momentum, 0.999), **common)
+        return torch.optim.SGD(groups, momentum=config.momentum, **common)
+    return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **common)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: Settings) -> Scheduler:
@@ -146,7 +152,7 @@ def start_run(config: Settings, table: pd.DataFrame, folder: Path) -> RunState:
     method = find_method(config.method)
     objective = method.objective(config, student).to(device)
     teacher = load_teacher(config, classes, device) if method.teacher else None
-    optimizer = build_optimizer(nn.ModuleList([student, objective]), config)
+    optimizer = build_optimizer(student, objective, config)
     return RunState(config, folder, device, student, objective, teacher, optimizer, make_batches(table, config), table)
 
 # %% ../nbs/10_train.ipynb #5fa30ab9
@@ -302,7 +308,7 @@ def run_epoch(state: RunState, schedule: Scheduler) -> dict[str, float]:
     epoch = progress.epoch
     schedule.step(epoch)
     with seeded("epoch", config.seed, epoch):
-        row = {"epoch": epoch, "learning_rate": state.optimizer.param_groups[0]["lr"], **train_epoch(state, epoch)}
+        row = {"epoch": epoch, "learning_rate": max(group["lr"] for group in state.optimizer.param_groups), **train_epoch(state, epoch)}
     row |= watch_epoch(state, epoch)
     if progress.picked is None or _better(row, progress.metrics[progress.picked]):
         progress.picked = epoch
