@@ -10,4 +10,4 @@ def test_notebook(path, monkeypatch, capsys):
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.chdir(ROOT / "nbs")
     passed, _ = run_notebook(path, skip_flags=("notest",), force_flags=(), basepath=ROOT)
-    assert passed, capsys.readouterr().out[-8000:]
+    assert passed, capsys.readouterr().err[-8000:]
