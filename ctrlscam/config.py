@@ -47,8 +47,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "small": dict(
         image_size=128, teacher="mobilenetv2_100", student="test_resnet", student_weights="scratch",
         teacher_weights="data/weights/mobilenetv2_100_imagenet_trunk.safetensors", teacher_frozen_batchnorm=True, teacher_layer_decay=0.6,
-        teacher_output_stride=16, student_output_stride=16, batch_size=16, optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1,
-        teacher_epochs=8, baseline_epochs=16, epochs=8, teacher_learning_rate=7e-4, baseline_learning_rate=2e-3, learning_rate=1e-3,
+        teacher_output_stride=16, student_output_stride=16, batch_size=32, optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1,
+        teacher_epochs=6, baseline_epochs=20, epochs=10, teacher_learning_rate=1e-3, baseline_learning_rate=3e-3, learning_rate=2e-3,
     ),
 }
 
@@ -261,8 +261,10 @@ class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, 
         return _shrink(filled) if str(filled.get("smoke", False)).lower() == "true" else filled
 
     def replace(self, **changes: Any) -> "Settings":
-        """A copy with `changes`; every value of this one counts as given."""
-        return Settings(**{**self.model_dump(), "recipe": "paper", "smoke": False, **changes})
+        """A copy with `changes`; every value of this one counts as given, except those that a changed preset decides."""
+        decided = PRESETS.get(changes.get("preset"), {})
+        kept = {name: value for name, value in self.model_dump().items() if name not in decided}
+        return Settings(**{**kept, **changes})
 
 # %% ../nbs/00_config.ipynb #36b3407f
 def settings_from(namespace: dict[str, Any], before: set[str] = frozenset()) -> Settings:
