@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PRESETS', 'SMOKE_LIMITS', 'Names', 'Counts', 'DATASETS', 'project_root', 'SettingsError', 'DataSettings',
-           'NetworkSettings', 'TrainingSettings', 'MethodSettings', 'RunSettings', 'Settings', 'settings_from',
-           'parameters_cell', 'select_groups', 'identity_hash', 'teacher_settings', 'baseline_settings',
-           'settings_table']
+           'NetworkSettings', 'TrainingSettings', 'MethodSettings', 'RunSettings', 'did_you_mean', 'Settings',
+           'settings_from', 'parameters_cell', 'select_groups', 'identity_hash', 'teacher_settings',
+           'baseline_settings', 'settings_table']
 
 # %% ../nbs/00_config.ipynb #8237dacf
 import difflib
@@ -188,7 +188,7 @@ def _shrink(values: dict[str, Any]) -> dict[str, Any]:
     return small
 
 # %% ../nbs/00_config.ipynb #4ab9fd12
-def _nearest(given: Any, known: list[str]) -> str:
+def did_you_mean(given: Any, known: list[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `given`, or nothing."""
     close = difflib.get_close_matches(str(given).lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -205,10 +205,10 @@ def _explain(error: ValidationError, fields: dict[str, Any]) -> str:
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else "settings"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {name!r}{_nearest(name, list(fields))}")
+            lines.append(f"unknown setting {name!r}{did_you_mean(name, list(fields))}")
             continue
         choices = _choices(fields[name].annotation) if name in fields else []
-        allowed = f"allowed: {', '.join(choices)}{_nearest(problem['input'], choices)}" if choices else problem["msg"].removeprefix("Value error, ")
+        allowed = f"allowed: {', '.join(choices)}{did_you_mean(problem['input'], choices)}" if choices else problem["msg"].removeprefix("Value error, ")
         lines.append(f"{name} = {problem['input']!r}: {allowed}" if name in fields else allowed)
     return "Settings refused.\n  " + "\n  ".join(lines)
 
@@ -219,7 +219,7 @@ DATASETS = ("synthbirds", "cub200", "standog")
 def _check_dataset(name: Any) -> None:
     """Refuse a data set that no index function reads; paths are allowed only behind `folder:`."""
     if isinstance(name, str) and name not in DATASETS and not (name.startswith("folder:") and len(name) > 7):
-        raise ValueError(f"dataset = {name!r}: allowed: {', '.join(DATASETS)}, folder:<path>{_nearest(name, list(DATASETS))}")
+        raise ValueError(f"dataset = {name!r}: allowed: {', '.join(DATASETS)}, folder:<path>{did_you_mean(name, list(DATASETS))}")
 
 
 def _check_no_bool(values: dict[str, Any], fields: dict[str, Any]) -> None:

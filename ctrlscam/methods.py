@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Settings, _nearest, select_groups
+from .config import Settings, did_you_mean, select_groups
 from .losses import hint_loss, kd_loss
 from .maps import ControllableHint, hint_map
 from .models import Classifier, Outputs
@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """The registered method `name`. Raises ValueError with the nearest known name."""
     if name not in METHODS:
-        raise ValueError(f"method = {name!r}: known methods are {', '.join(METHODS)}{_nearest(name, list(METHODS))}")
+        raise ValueError(f"method = {name!r}: known methods are {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}")
     return METHODS[name]
 
 

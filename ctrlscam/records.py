@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_SOURCE', 'write_bytes', 'write_json', 'file_sha256', 'run_identity', 'run_folder', 'Score',
            'Record', 'write_record', 'RecordError', 'read_record', 'describe_environment', 'published_figure',
-           'table_runs', 'row_title', 'find_records', 'accuracy_table', 'interval_table', 'measures_table',
-           'time_table', 'study_folder', 'write_study', 'read_study', 'public_settings', 'settings_summary']
+           'table_runs', 'row_title', 'find_records', 'accuracy_table', 'interval_table', 'detail_table',
+           'measures_table', 'time_table', 'study_folder', 'write_study', 'read_study', 'public_settings',
+           'settings_summary']
 
 # %% ../nbs/09_records.ipynb #ab1d85a1
 import hashlib
@@ -228,6 +229,18 @@ def interval_table(records: dict[str, list[Record]]) -> pd.DataFrame:
     """The picked accuracy of each row as numbers: row, title, mean, low, high, n; rows without records are left out."""
     intervals = {row: mean_interval([record.picked.top1 for record in found]) for row, found in records.items() if found}
     return pd.DataFrame([dict(row=row, title=row_title(row), mean=i.mean, low=i.low, high=i.high, n=i.n) for row, i in intervals.items()])
+
+# %% ../nbs/09_records.ipynb #e6fc8a10
+def detail_table(records: dict[str, list[Record]]) -> pd.DataFrame:
+    """Top-1, top-5 and mean per-class accuracy in percent and cross-entropy in nats at the picked epoch; mean ± half the 95 % t interval over seeds."""
+    rows = []
+    for row, found in records.items():
+        if found:
+            scores = [record.picked for record in found]
+            shares = {title: [getattr(score, name) for score in scores] for title, name in (("top-1", "top1"), ("top-5", "top5"), ("mean per class", "mean_class"))}
+            cells = {title: "–" if None in values else str(mean_interval(values)) for title, values in shares.items()}
+            rows.append({"": row_title(row), **cells, "cross-entropy": round(sum(score.loss for score in scores) / len(scores), 3), "test images": scores[0].n})
+    return pd.DataFrame(rows).set_index("") if rows else pd.DataFrame()
 
 # %% ../nbs/09_records.ipynb #7e340c4e
 def measures_table(records: dict[str, list[Record]]) -> pd.DataFrame:
