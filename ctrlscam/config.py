@@ -118,7 +118,7 @@ class TrainingSettings(BaseModel):
     batch_size: int = _field(16, "training", "images per step", ge=2, le=65536)
     optimizer: Literal["sgd", "adamw"] = _field("sgd", "training", "sgd (momentum, no Nesterov) or adamw")
     momentum: float = _field(0.9, "training", "momentum of sgd, first moment decay of adamw", ge=0, lt=1)
-    weight_decay: float = _field(1e-4, "training", "weight decay on all parameters", ge=0, le=1)
+    weight_decay: float = _field(1e-4, "training", "weight decay on all parameters; with a layer decay below 1, not on biases and norms", ge=0, le=1)
     schedule: Literal["step", "multistep", "cosine"] = _field("step", "training", "learning rate over epochs: step, multistep or cosine")
     step_epochs: int = _field(30, "training", "epochs between two falls of the step schedule", ge=1)
     milestones: Counts = _field([30, 60, 90], "training", "epochs at which the multistep schedule falls, comma-separated")
@@ -145,7 +145,7 @@ class MethodSettings(BaseModel):
 
 # %% ../nbs/00_config.ipynb #16d4abed
 class RunSettings(BaseModel):
-    """What changes where and how fast a run goes, but no number; and the seed."""
+    """The seed, which runs a notebook makes, and where and how fast they go."""
 
     seed: int = _field(0, "seed", "seed of initial weights, order and augmentation", ge=0, lt=2**31)
     methods: Names = _field(["ce", "ce_longer", "kd", "ctrls_cam"], "runtime", "methods that a notebook compares, comma-separated")
@@ -285,7 +285,7 @@ def parameters_cell(**defaults: Any) -> str:
     lines = ["# None leaves a setting to the recipe of the data set."]
     for name, field in Settings.model_fields.items():
         kind = _type_name(field.annotation)
-        word = kind if kind in ("int", "float", "bool") else "str"
+        word = "int" if kind.replace(" | ", "").isdigit() else kind if kind in ("int", "float", "bool") else "str"
         lines.append(f"{name}: {word} = {shown.get(name)!r}  # {field.description}")
     return "\n".join(lines)
 

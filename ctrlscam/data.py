@@ -277,7 +277,7 @@ def _write_copy(paths: list[Path], side: int, target: Path) -> None:
 
 # %% ../nbs/02_data.ipynb #6bc31eb2
 def open_pictures(table: pd.DataFrame, config: Settings):
-    """Pictures by row number, each side×side×3 uint8: memory-mapped where the copy stays below `cache_gigabytes`, else decoded at each use."""
+    """Pictures by row number, each side×side×3 uint8: memory-mapped where the copy stays below `cache_gigabytes`, else decoded at each use. Raises DataError for a damaged image."""
     side = resized_side(config.image_size)
     if config.dataset == "synthbirds":
         return _synthetic_pictures(table, config, "image")

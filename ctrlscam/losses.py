@@ -139,7 +139,7 @@ def attention_transfer_loss(student_features: Tensor,  # B×C×H×W
                             teacher_features: Tensor,  # B×C'×H'×W'
                             p: int = 2,  # power of the activations
                             ) -> Tensor:  # scalar
-    "Mean squared difference of normalised attention maps. Source: Zagoruyko, Komodakis, ICLR 2017 (arXiv 1612.03928)."
+    "Mean squared difference of normalised attention maps. Raises ValueError if the numbers of images differ. Source: Zagoruyko, Komodakis, ICLR 2017 (arXiv 1612.03928)."
     student = full_precision(student_features).abs().pow(p).mean(1)               # B×H×W
     teacher = full_precision(teacher_features.detach()).abs().pow(p).mean(1)
     student, teacher = match_grids(student, teacher)
@@ -177,7 +177,7 @@ def refinement_loss(coarse_logits: Tensor,  # B×S×K, the path that learns
                     fine_logits: Tensor,  # B×S×K, the path that teaches
                     temperature: float,  # T > 0, halved during training
                     ) -> Tensor:  # scalar
-    "KL(fine ‖ coarse) of softened probabilities, mean over all elements, without T². Source: HERBS (arXiv 2303.06442), refinement."
+    "KL(fine ‖ coarse) of softened probabilities, mean over all elements, without T². Raises ValueError like `kd_loss`. Source: HERBS (arXiv 2303.06442), refinement."
     return kd_loss(coarse_logits, fine_logits, temperature) / (temperature**2 * coarse_logits.shape[-1])
 
 # %% ../nbs/05_losses.ipynb #811ee85b

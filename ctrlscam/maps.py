@@ -67,7 +67,7 @@ def class_activation_map(features: Tensor,  # B×C×H×W last convolutional feat
 def class_activation_maps(features: Tensor,  # B×C×H×W
                           weight: Tensor,  # K×C
                           ) -> Tensor:  # B×K×H×W
-    """The maps of all classes: the linear layer applied to every grid cell, without bias.
+    """The maps of all classes: the linear layer applied to every grid cell, without bias. Raises ValueError on shapes that do not fit.
 
     Source: Guo et al., *Class Attention Transfer Based Knowledge Distillation*, CVPR 2023.
     """
@@ -179,7 +179,7 @@ class _ReweightedMap(torch.autograd.Function):
 class ControllableHint(nn.Module):
     """The hint branch of CTRLS-CAM: optional BatchNorm on the features, class activation map, standardise, scale, squash.
 
-    `.batch_norm` is an `nn.BatchNorm2d` over the features (student) or None (teacher). Source: Tsai, Lin, Chou, ICCE 2024.
+    `.batch_norm` is an `nn.BatchNorm2d` over the features (student) or None (teacher). Raises ValueError for an unknown squash or a scale that is not positive. Source: Tsai, Lin, Chou, ICCE 2024.
     """
 
     def __init__(self, num_features: int,  # C

@@ -6,8 +6,8 @@
 __all__ = ['PUBLISHED', 'PUBLISHED_SOURCE', 'write_bytes', 'write_json', 'file_sha256', 'run_identity', 'run_folder', 'Score',
            'Record', 'write_record', 'RecordError', 'read_record', 'describe_environment', 'published_figure',
            'table_runs', 'row_title', 'find_records', 'accuracy_table', 'interval_table', 'detail_table',
-           'measures_table', 'time_table', 'study_folder', 'write_study', 'read_study', 'public_settings',
-           'settings_summary']
+           'measures_table', 'time_table', 'public_settings', 'settings_summary', 'study_folder', 'write_study',
+           'read_study']
 
 # %% ../nbs/09_records.ipynb #ab1d85a1
 import hashlib
@@ -46,7 +46,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as readable JSON; NaN is refused, since JSON has none."""
+    """Write `content` as readable JSON; raises ValueError for NaN, since JSON has none."""
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -81,14 +81,14 @@ def run_identity(config: Settings) -> dict[str, Any]:
 
 # %% ../nbs/09_records.ipynb #962c968e
 def run_folder(config: Settings) -> Path:
-    """Where the run of `config` lives."""
+    """Where the run of `config` lives. Raises ValueError for an unknown method, FileNotFoundError for a missing weights file."""
     parts = [config.method, *([config.teacher] if find_method(config.method).teacher else []), config.student, identity_hash(run_identity(config))]
     dataset = re.sub(r"[^\w.+-]+", "-", config.dataset)  # a folder:<path> becomes one level
     return project_root() / config.output_dir / dataset / re.sub(r"[^\w.+-]+", "-", "-".join(parts)) / f"seed{config.seed}"
 
 # %% ../nbs/09_records.ipynb #127fc45b
 class Score(BaseModel):
-    """Test accuracy at one epoch; shares from 0 to 1."""
+    """Test accuracy at one epoch (counted from 0); shares from 0 to 1, loss in nats."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     epoch: int = Field(ge=0)
@@ -265,32 +265,6 @@ def time_table(records: dict[str, list[Record]]) -> pd.DataFrame:
                          "seconds": round(sum(sum(record.seconds.values()) for record in found) / len(found)), "threads": first.environment["threads"]})
     return pd.DataFrame(rows).set_index("") if rows else pd.DataFrame()
 
-# %% ../nbs/09_records.ipynb #829dd4d6
-def study_folder(config: Settings) -> Path:
-    """Where the tables and figures of `config` go: one folder for each set of runs."""
-    names = {row: [str(run_folder(run).relative_to(project_root() / config.output_dir)) for run in runs] for row, runs in table_runs(config).items()}
-    return run_folder(config).parents[1] / f"study-{identity_hash(names)}"
-
-
-def write_study(records: dict[str, list[Record]], config: Settings) -> Path:
-    """Write `study.json` and `accuracy.csv` into the study's folder and return the folder."""
-    folder = study_folder(config)
-    rows = {row: [record.model_dump(mode="json") for record in found] for row, found in records.items()}
-    # Settings of the runtime, such as folders, are nobody's business but this machine's.
-    write_json(folder / "study.json", dict(schema_version=1, settings=public_settings(config), rows=rows))
-    write_bytes(folder / "accuracy.csv", accuracy_table(records, config).to_csv().encode())
-    return folder
-
-
-def read_study(path: Path) -> tuple[Settings, dict[str, list[Record]]]:
-    """Settings and records of a `study.json`. Raises RecordError if a record was edited."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for row, found in content["rows"].items():
-        for number, record in enumerate(found):
-            if record.get("checksum") != _checksum(record):
-                raise RecordError(f"{path}: record {number} of row {row!r} was changed after it was written")
-    return Settings(**content["settings"]), {row: [Record(**record) for record in found] for row, found in content["rows"].items()}
-
 # %% ../nbs/09_records.ipynb #2b217e5d
 _PRIVATE = ("data_dir", "output_dir", "device", "workers", "cache_gigabytes")
 
@@ -305,3 +279,28 @@ def settings_summary(config: Settings) -> pd.DataFrame:
     rows = [dict(setting=name, value=value, paper=Settings.model_fields[name].default) for name, value in public_settings(config).items()]
     table = pd.DataFrame([row for row in rows if row["value"] != row["paper"] or row["setting"] in ("dataset", "methods", "seeds")])
     return table.set_index("setting")
+
+# %% ../nbs/09_records.ipynb #829dd4d6
+def study_folder(config: Settings) -> Path:
+    """Where the tables and figures of `config` go: one folder for each set of runs."""
+    names = {row: [str(run_folder(run).relative_to(project_root() / config.output_dir)) for run in runs] for row, runs in table_runs(config).items()}
+    return run_folder(config).parents[1] / f"study-{identity_hash(names)}"
+
+
+def write_study(records: dict[str, list[Record]], config: Settings) -> Path:
+    """Write `study.json` and `accuracy.csv` into the study's folder and return the folder."""
+    folder = study_folder(config)
+    rows = {row: [record.model_dump(mode="json") for record in found] for row, found in records.items()}
+    write_json(folder / "study.json", dict(schema_version=1, settings=public_settings(config), rows=rows))
+    write_bytes(folder / "accuracy.csv", accuracy_table(records, config).to_csv().encode())
+    return folder
+
+
+def read_study(path: Path) -> tuple[Settings, dict[str, list[Record]]]:
+    """Settings and records of a `study.json`. Raises RecordError if a record was edited."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for row, found in content["rows"].items():
+        for number, record in enumerate(found):
+            if record.get("checksum") != _checksum(record):
+                raise RecordError(f"{path}: record {number} of row {row!r} was changed after it was written")
+    return Settings(**content["settings"]), {row: [Record(**record) for record in found] for row, found in content["rows"].items()}

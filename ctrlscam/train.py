@@ -169,7 +169,7 @@ def loss_terms(state: RunState, images: Tensor, labels: Tensor) -> tuple[dict[st
 def _check_finite(means: dict[str, float], epoch: int) -> None:
     """Stop the run at the first epoch whose mean loss is NaN or infinite; the checkpoint before it stays."""
     if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
-        raise FloatingPointError(f"epoch {epoch}: the loss term {', '.join(wrong)} is not finite. The last good epoch is kept; lower the learning rate and run again.")
+        raise FloatingPointError(f"epoch {epoch + 1}: the loss term {', '.join(wrong)} is not finite. The last good epoch is kept; lower the learning rate and run again.")
 
 # %% ../nbs/10_train.ipynb #73210b14
 def train_epoch(state: RunState, epoch: int) -> dict[str, float]:
@@ -441,7 +441,7 @@ def run(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = None
 
 # %% ../nbs/10_train.ipynb #9f52f620
 def train_teacher(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Record:
-    """Train the teacher of `config`, or read its record if it is trained already."""
+    """Train the teacher of `config`, or read its record if it is trained already. Raises as `distill`."""
     return run(teacher_settings(config), on_epoch)
 
 
