@@ -10,7 +10,6 @@ __all__ = ['HINTON', 'TSAI', 'CE', 'KD', 'HINT', 'METHODS', 'CrossEntropy', 'Kno
 from dataclasses import dataclass
 from typing import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_SOURCE', 'write_bytes', 'write_json', 'file_sha256', 'run_identity', 'run_folder', 'Score',
            'Record', 'write_record', 'RecordError', 'read_record', 'describe_environment', 'published_figure',
-           'table_runs', 'row_title', 'find_records', 'accuracy_table', 'interval_table', 'detail_table',
+           'table_runs', 'read_run', 'row_title', 'find_records', 'accuracy_table', 'interval_table', 'detail_table',
            'measures_table', 'time_table', 'public_settings', 'settings_summary', 'study_folder', 'write_study',
            'read_study']
 
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import Settings, baseline_settings, identity_hash, project_root, select_groups, teacher_settings
 from .evaluate import mean_interval
-from .methods import METHODS, find_method, method_settings, starts_from_baseline
+from .methods import find_method, method_settings, starts_from_baseline
 from .synthetic import VERSION
 
 # %% ../nbs/09_records.ipynb #050eb3ef
@@ -109,7 +109,7 @@ class Record(BaseModel):
     seed: int
     identity: dict[str, Any]
     settings: dict[str, Any]
-    networks: dict[str, Any]       # parameters, grid, digests of the runs it builds on
+    networks: dict[str, Any]       # name, parameters, grid
     data: dict[str, Any]           # images per split, classes, digest of the table
     picked: Score
     last: Score
@@ -184,7 +184,8 @@ def published_figure(row: str, config: Settings) -> str:
     """The paper's figure for a table row (`teacher` or a method) in percent; a dash if there is none, marked where the protocol differs."""
     if config.dataset not in PUBLISHED.index or row not in PUBLISHED.columns:
         return "–"
-    same = (config.teacher, config.student, config.image_size, config.max_classes, config.max_images) == ("resnet50", "resnet18", 448, None, None)
+    groups = ("data", "teacher", "student", "baseline", "training", "start", "hint", "kd", "ce")
+    same = select_groups(config, groups) == select_groups(Settings(dataset=config.dataset, recipe="paper"), groups)
     return f"{PUBLISHED.loc[config.dataset, row]:.2f}" + ("" if same else " (other protocol)")
 
 # %% ../nbs/09_records.ipynb #4f178f09
@@ -197,18 +198,23 @@ def table_runs(config: Settings) -> dict[str, list[Settings]]:
     return rows
 
 
+def read_run(config: Settings) -> Record:
+    """The record of the run of `config`. Raises RecordError if it was edited or belongs to another run, FileNotFoundError if there is none."""
+    path = run_folder(config) / "record.json"
+    record = read_record(path)
+    if (record.seed, record.identity) != (config.seed, run_identity(config)):
+        raise RecordError(f"{path} belongs to another run (seed {record.seed}, {record.method}); delete its folder and run again")
+    return record
+
+
 def row_title(row: str) -> str:
     """The printed name of a table row."""
     return "teacher" if row == "teacher" else find_method(row).title
 
 
 def find_records(config: Settings) -> dict[str, list[Record]]:
-    """The records that exist for each row of the table of `config`. Raises RecordError for one that was edited."""
-    found = {}
-    for row, runs in table_runs(config).items():
-        paths = [run_folder(run) / "record.json" for run in runs]
-        found[row] = [read_record(path) for path in paths if path.is_file()]
-    return found
+    """The records that exist for each row of the table of `config`. Raises RecordError for one that was edited or belongs elsewhere."""
+    return {row: [read_run(run) for run in runs if (run_folder(run) / "record.json").is_file()] for row, runs in table_runs(config).items()}
 
 # %% ../nbs/09_records.ipynb #3211f3a8
 def accuracy_table(records: dict[str, list[Record]], config: Settings) -> pd.DataFrame:

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -41,7 +40,7 @@ from .evaluate import Predictions, collect_maps, evaluate_model, map_quality, mc
 from .maps import map_agreement, squash_maps, standardize_maps
 from .methods import find_method, starts_from_baseline
 from .models import Classifier, check_grid, count_parameters, freeze_batchnorm
-from .records import (Record, Score, describe_environment, file_sha256, find_records, public_settings, read_record, row_title, run_folder, run_identity,
+from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
                               table_runs, write_bytes, write_json, write_record)
 
 # %% ../nbs/10_train.ipynb #a4ae39de
@@ -149,6 +148,8 @@ def start_run(config: Settings, table: pd.DataFrame, folder: Path) -> RunState:
         student = build_student(config, classes)
     check_grid(student, config.image_size)
     student.to(device)
+    if student.load_report is not None:
+        print(student.load_report, flush=True)
     method = find_method(config.method)
     objective = method.objective(config, student).to(device)
     teacher = load_teacher(config, classes, device) if method.teacher else None
@@ -379,6 +380,7 @@ def _evaluate_picked(state: RunState) -> dict[str, float]:
 def finish_run(state: RunState) -> Record:
     """Evaluate the picked weights and write the record; then the checkpoint is no longer needed."""
     began = time.perf_counter()
+    _write_metrics(state)  # a kill right after the last checkpoint may have come before them
     last = _packed(state.student.state_dict())
     measures, progress, config = _evaluate_picked(state), state.progress, state.config
     write_bytes(state.folder / "last.safetensors", last)
@@ -414,30 +416,43 @@ def check_inputs(config: Settings) -> pd.DataFrame:
     for name in (config.method, *config.methods):
         find_method(name)
     pick_device(config)
-    for name in (config.teacher, config.student):
-        if not timm.is_model(name):
-            Classifier(name, 2)  # raises with the nearest names
-    run_identity(teacher_settings(config))
-    run_folder(config)
-    return load_table(config)
+    table = load_table(config)
+    for one in (teacher_settings(config), baseline_settings(config)):
+        run_identity(one)
+        probe = one.replace(student_weights="scratch") if one.student_weights == "timm" else one  # nothing is downloaded for a check
+        check_grid(build_student(probe, class_count(table)), one.image_size)
+    return table
+
+
+def _run(config: Settings, table: pd.DataFrame, on_epoch: Callable[[pd.DataFrame], None] | None) -> Record:
+    """The record of `config`, after the runs it builds on; trains only what has no record."""
+    folder = run_folder(config)
+    if not (folder / "record.json").is_file():
+        if find_method(config.method).teacher:
+            _run(teacher_settings(config), table, on_epoch)
+        if starts_from_baseline(config):
+            _run(baseline_settings(config), table, on_epoch)
+        with locked(folder):
+            if not (folder / "record.json").is_file():  # asked again, since another process may have finished meanwhile
+                return _train(config, table, folder, on_epoch)
+    record = read_run(config)
+    if record.data["digest"] != describe_data(table)["digest"]:
+        raise RecordError(f"{folder} was made from other images than {config.dataset} holds now; move it away and run again")
+    return record
+
+
+def _train(config: Settings, table: pd.DataFrame, folder: Path, on_epoch: Callable[[pd.DataFrame], None] | None) -> Record:
+    """Start or continue the run in `folder`, which is held by this process, and finish it."""
+    state = start_run(config, table, folder)
+    if resume(state):
+        print(f"continuing {config.method} seed {config.seed} at epoch {state.progress.epoch + 1}", flush=True)
+    fit(state, on_epoch)
+    return finish_run(state)
 
 
 def run(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Record:
     """The record of `config`: read if the run is finished, else continued or trained, together with the runs it builds on."""
-    folder = run_folder(config)
-    if (folder / "record.json").is_file():
-        return read_record(folder / "record.json")
-    table = check_inputs(config)
-    if find_method(config.method).teacher:
-        run(teacher_settings(config), on_epoch)
-    if starts_from_baseline(config):
-        run(baseline_settings(config), on_epoch)
-    with locked(folder):
-        state = start_run(config, table, folder)
-        if resume(state):
-            print(f"continuing {config.method} seed {config.seed} at epoch {state.progress.epoch + 1}", flush=True)
-        fit(state, on_epoch)
-        return finish_run(state)
+    return _run(config, check_inputs(config), on_epoch)
 
 # %% ../nbs/10_train.ipynb #9f52f620
 def train_teacher(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Record:
@@ -455,10 +470,10 @@ def distill(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = 
 # %% ../nbs/10_train.ipynb #c5344481
 def distill_all(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> dict[str, list[Record]]:
     """The records behind the accuracy table of `config`: a list over seeds for the teacher and for each method."""
-    check_inputs(config)
+    table = check_inputs(config)
     # The teacher's run is a `ce` run like the student's own; whoever watches should be able to tell them apart.
     as_teacher = None if on_epoch is None else lambda metrics: on_epoch(metrics.assign(method="teacher"))
-    return {row: [run(one, as_teacher if row == "teacher" else on_epoch) for one in runs] for row, runs in table_runs(config).items()}
+    return {row: [_run(one, table, as_teacher if row == "teacher" else on_epoch) for one in runs] for row, runs in table_runs(config).items()}
 
 # %% ../nbs/10_train.ipynb #6fbf6660
 def read_metrics(runs: list[Settings]) -> pd.DataFrame:
@@ -492,10 +507,11 @@ class Examples(NamedTuple):
 
 
 def example_images(config: Settings, count: int) -> Examples:
-    """`count` images of the test split, evenly spread, as the networks see them."""
+    """`count` images of the test split, evenly spread over the classes, as the networks see them."""
     table = load_table(config)
     test = table[table.split == "test"].reset_index(drop=True)
-    places = np.linspace(0, len(test) - 1, count).round().astype(int)
+    order = np.argsort(test.label.to_numpy(), kind="stable")
+    places = order[np.linspace(0, len(test) - 1, count).round().astype(int)]
     chosen = test.iloc[places]
     pictures = open_pictures(chosen, config.replace(cache_gigabytes=0))  # so few that no copy is worth keeping
     images = np.stack([centre_crop(np.asarray(pictures[k]), config.image_size) for k in range(count)])
@@ -503,7 +519,7 @@ def example_images(config: Settings, count: int) -> Examples:
 
 
 def read_example_hints(config: Settings, run: Settings, examples: Examples) -> np.ndarray:
-    """Hint maps N×H×W of the finished `run` for `examples`, at the scale and squash of `config`."""
+    """Hint maps N×H×W of the finished `run` for `examples`, standardised, at the scale and squash of `config`."""
     return squash_maps(torch.from_numpy(read_maps(run)[examples.places]), config.scale, config.squash).numpy()
 
 # %% ../nbs/10_train.ipynb #e8d765f7
