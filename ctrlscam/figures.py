@@ -9,6 +9,7 @@ __all__ = ['STYLE', 'METHOD_COLOURS', 'SIGNED', 'UNSIGNED', 'SCALES', 'PANELS', 
 
 # %% ../nbs/11_figures.ipynb #76af02e8
 import io
+import textwrap
 import time
 import warnings
 import zlib
@@ -237,7 +238,7 @@ def hint_comparison_figure(
             _print_agreement(grid[:, column], own, maps["teacher"])
     for row, image in enumerate(images):
         _picture(grid[row, 0], image, size)
-        grid[row, 0].set_ylabel(titles[row] if titles else "", fontsize=8.5)
+        grid[row, 0].set_ylabel(textwrap.fill(titles[row].replace("_", " "), 18) if titles else "", fontsize=8.5)  # class names are often file names
         for axes in grid[row] if masks is not None else ():
             _outline(axes, masks[row], size)
     grid[0, 0].set_title("image")
