@@ -537,7 +537,7 @@ def paired_table(config: Settings) -> pd.DataFrame:
             a, b = _correct(ours).align(_correct(theirs), join="inner")
             difference, test = paired_bootstrap(a.to_numpy(), b.to_numpy()), mcnemar(a.to_numpy(), b.to_numpy())
             rows.append({"": f"{row_title(last)} − {row_title(other)}", "seed": ours.seed, "points": str(difference),
-                         f"only {row_title(last)} right": test.only_a, "only the other right": test.only_b, "p": float(f"{test.p:.2g}")})
+                         f"only {row_title(last)} right": test.only_a, "only the other right": test.only_b, "p": f"{test.p:.2g}"})
     return pd.DataFrame(rows).set_index("") if rows else pd.DataFrame()
 
 
