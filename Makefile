@@ -33,9 +33,11 @@ export: install  ## notebooks to package, from nothing
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-readme: install  ## README.md from nbs/index.ipynb
+readme: install  ## README.md from nbs/index.ipynb, data/README.md from data/sources.json
 	$(BIN)/jupyter nbconvert --log-level WARN --execute --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 	sed -i -E 's#\]\(([0-9a-z_]+\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md
+	$(BIN)/python -c 'from ctrlscam.download import readme_text; print(readme_text(), end="")' > data/README.md.new
+	mv data/README.md.new data/README.md
 
 lab: install  ## step through the notebooks
 	$(BIN)/jupyter lab nbs

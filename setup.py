@@ -24,6 +24,10 @@ setup(
     python_requires=f">={config['min_python']}",
     install_requires=config["requirements"].split(),
     extras_require={"dev": config["dev_requirements"].split()},
-    entry_points={"nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
+    data_files=[("share/ctrlscam", ["data/sources.json"])],
+    entry_points={
+        "nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"],
+        "console_scripts": ["ctrlscam=ctrlscam.cli:main"],
+    },
     zip_safe=False,
 )

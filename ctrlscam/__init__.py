@@ -13,7 +13,10 @@ from importlib import import_module
 _PUBLIC = {
     "config": ["Settings", "SettingsError", "project_root", "settings_from"],
     "synthetic": ["draw_bird", "species_names"],
-    "data": ["DataError", "load_table", "make_batches", "on_device"],
+    "data": ["DataError", "load_table"],
+    "images": ["decode_image"],
+    "views": ["make_batches"],
+    "download": ["check_dataset", "get_dataset"],
     "models": ["Classifier", "Outputs", "load_weights"],
     "maps": ["ControllableHint", "binarize_maps", "class_activation_map", "class_activation_maps", "effective_area", "hint_map", "map_agreement",
              "match_grids", "normalize_maps", "pool_maps", "select_class_maps", "squash_maps", "standardize_maps"],

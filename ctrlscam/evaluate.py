@@ -165,7 +165,7 @@ def _run(
     modes, parts = [(module, module.training) for module in model.modules()], []
     model.eval()
     try:
-        for images, labels, index in batches:
+        for images, labels, index, *_ in batches:
             values = take(model(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
             parts.append((index.cpu(), labels.cpu(), values.float().cpu()))
     finally:

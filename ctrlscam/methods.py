@@ -26,9 +26,9 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.ce_weight = config.ce_weight
 
-    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor) -> dict[str, Tensor]:
-        """Named, weighted scalar terms from student outputs, teacher outputs and labels B."""
-        return {"ce": self.ce_weight * F.cross_entropy(student.logits.float(), labels)}
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """Named, weighted scalar terms from student outputs, teacher outputs, labels B and, for mixed images, class shares B×K."""
+        return {"ce": self.ce_weight * F.cross_entropy(student.logits.float(), labels if targets is None else targets)}
 
 # %% ../nbs/07_methods.ipynb #77dfd4b6
 class KnowledgeDistillation(CrossEntropy):
@@ -38,9 +38,9 @@ class KnowledgeDistillation(CrossEntropy):
         super().__init__(config, student)
         self.kd_weight, self.temperature = config.kd_weight, config.temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """Named, weighted scalar terms from student outputs, teacher outputs and labels B."""
-        terms = super().forward(student, teacher, labels)
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """Named, weighted scalar terms from student outputs, teacher outputs, labels B and, for mixed images, class shares B×K."""
+        terms = super().forward(student, teacher, labels, targets)
         return {**terms, "kd": self.kd_weight * kd_loss(student.logits, teacher.logits, self.temperature)}
 
 # %% ../nbs/07_methods.ipynb #fddfd611
@@ -53,9 +53,9 @@ class ControllableHintDistillation(KnowledgeDistillation):
         self.shape = dict(scale=config.scale, squash=config.squash, standardize=config.standardize)
         self.student_hint = ControllableHint(student.linear.weight.shape[1], batchnorm=config.hint_batchnorm, **self.shape)
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """Named, weighted scalar terms from student outputs, teacher outputs and labels B."""
-        terms = super().forward(student, teacher, labels)
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """Named, weighted scalar terms from student outputs, teacher outputs, labels B and, for mixed images, class shares B×K."""
+        terms = super().forward(student, teacher, labels, targets)
         target = hint_map(teacher.features, teacher.weight, labels, **self.shape)               # B×H×W
         hint = self.student_hint(student.features, student.weight, labels)                      # B×H×W
         return {**terms, "hint": self.hint_weight * hint_loss(hint, target)}

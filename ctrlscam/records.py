@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import Settings, baseline_settings, identity_hash, project_root, select_groups, teacher_settings
+from .config import VIEWS_VERSION, Settings, baseline_settings, identity_hash, project_root, select_groups, teacher_settings
 from .evaluate import mean_interval
 from .methods import find_method, method_settings, starts_from_baseline
 from .synthetic import VERSION
@@ -66,13 +66,19 @@ def _weights_identity(weights: str) -> str:
     return f"sha256:{file_sha256(path)[:16]}"
 
 
+def _data_identity(config: Settings) -> dict[str, Any]:
+    """What decides the views that a run learns from: the settings, the content of a list of images to leave out, the versions of what is drawn here."""
+    identity = {**select_groups(config, ("data",)), "views_version": VIEWS_VERSION}
+    if config.leave_out is not None:
+        identity["leave_out"] = f"sha256:{file_sha256(project_root() / config.leave_out)[:16]}"
+    return {**identity, "data_version": VERSION} if config.dataset == "synthbirds" else identity
+
+
 def run_identity(config: Settings) -> dict[str, Any]:
     """Everything that the result of `config` depends on, except the seed."""
     method = find_method(config.method)
-    identity = {"method": config.method, **select_groups(config, ("data", "student", "training")), **method_settings(config)}
+    identity = {"method": config.method, **_data_identity(config), **select_groups(config, ("student", "training")), **method_settings(config)}
     identity["student_weights"] = _weights_identity(config.student_weights)
-    if config.dataset == "synthbirds":
-        identity["data_version"] = VERSION
     if method.teacher:
         identity["teacher"] = identity_hash(run_identity(teacher_settings(config)))
     if starts_from_baseline(config):

@@ -35,13 +35,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Settings, baseline_settings, identity_hash, project_root, teacher_settings
-from .data import Batches, centre_crop, class_count, load_table, make_batches, on_device, open_pictures, part_masks
+from .data import class_count, load_table
 from .evaluate import Predictions, collect_maps, evaluate_model, map_quality, mcnemar, paired_bootstrap, predictions_table, summary
+from .images import part_masks
 from .maps import map_agreement, squash_maps, standardize_maps
 from .methods import find_method, starts_from_baseline
 from .models import Classifier, check_grid, count_parameters, freeze_batchnorm
 from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
                               table_runs, write_bytes, write_json, write_record)
+from .views import Batch, Batches, ViewDataset, make_batches
 
 # %% ../nbs/10_train.ipynb #a4ae39de
 @contextmanager
@@ -157,14 +159,14 @@ def start_run(config: Settings, table: pd.DataFrame, folder: Path) -> RunState:
     return RunState(config, folder, device, student, objective, teacher, optimizer, make_batches(table, config), table)
 
 # %% ../nbs/10_train.ipynb #5fa30ab9
-def loss_terms(state: RunState, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def loss_terms(state: RunState, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     """The weighted terms of one batch, and how many of its images the student recognised."""
     with torch.autocast(state.device.type, torch.bfloat16, enabled=state.config.precision == "bf16"):
         with torch.no_grad():
-            teacher = state.teacher(images) if state.teacher is not None else None
-        student = state.student(images)
-        terms = state.objective(student, teacher, labels)
-    return terms, (student.logits.detach().argmax(1) == labels).sum()
+            teacher = state.teacher(batch.images) if state.teacher is not None else None
+        student = state.student(batch.images)
+        terms = state.objective(student, teacher, batch.labels, batch.targets)
+    return terms, (student.logits.detach().argmax(1) == batch.labels).sum()
 
 
 def _check_finite(means: dict[str, float], epoch: int) -> None:
@@ -178,17 +180,17 @@ def train_epoch(state: RunState, epoch: int) -> dict[str, float]:
     state.student.train()
     state.objective.train()
     sums, seen = {}, 0
-    steps = tqdm(on_device(state.batches["train"](epoch), state.device), total=len(state.batches["train"]), leave=False, delay=30, mininterval=5,
+    steps = tqdm(state.batches["train"](epoch, state.device), total=len(state.batches["train"]), leave=False, delay=30, mininterval=5,
                  desc=f"{state.config.method} epoch {epoch + 1}")
-    for images, labels, _ in steps:
-        terms, correct = loss_terms(state, images, labels)
+    for batch in steps:
+        terms, correct = loss_terms(state, batch)
         total = sum(terms.values())
         state.optimizer.zero_grad(set_to_none=True)
         total.backward()
         state.optimizer.step()
-        seen += len(labels)
+        seen += len(batch.labels)
         for name, value in {**terms, "total": total}.items():
-            sums[name] = sums.get(name, 0) + value.detach() * len(labels)
+            sums[name] = sums.get(name, 0) + value.detach() * len(batch.labels)
         sums["top1"] = sums.get("top1", 0) + correct
     means = {f"train_{name}": float(value) / seen for name, value in sums.items()}
     _check_finite(means, epoch)
@@ -200,13 +202,13 @@ WATCHED_IMAGES = 256  # validation images whose maps are kept for each epoch
 
 def evaluate_split(state: RunState, split: str) -> Predictions:
     """Per-image predictions of the student on test views of `split`."""
-    return evaluate_model(state.student, on_device(state.batches[split](), state.device), device=state.device)
+    return evaluate_model(state.student, state.batches[split](device=state.device), device=state.device)
 
 
 def split_maps(network: Classifier, batches: Batches, device: torch.device, most: int | None = None) -> np.ndarray:
     """True-class activation maps N×H×W (float16, standardised) of the first `most` images of a split."""
     steps = len(batches) if most is None else math.ceil(most / batches.sampler.batch_size)
-    chosen = (batch for _, batch in zip(range(steps), on_device(batches(), device)))
+    chosen = (batch for _, batch in zip(range(steps), batches(device=device)))
     maps = standardize_maps(torch.from_numpy(collect_maps(network, chosen, device=device)))
     return maps[:most].numpy().astype(np.float16)
 
@@ -513,8 +515,8 @@ def example_images(config: Settings, count: int) -> Examples:
     order = np.argsort(test.label.to_numpy(), kind="stable")
     places = order[np.linspace(0, len(test) - 1, count).round().astype(int)]
     chosen = test.iloc[places]
-    pictures = open_pictures(chosen, config.replace(cache_gigabytes=0))  # so few that no copy is worth keeping
-    images = np.stack([centre_crop(np.asarray(pictures[k]), config.image_size) for k in range(count)])
+    few = ViewDataset(chosen, config.replace(cache_gigabytes=0))  # no copy is worth keeping for so few
+    images = few.crops(-1, list(range(count))).images.numpy()
     return Examples(images, places, chosen.class_name.tolist(), part_masks(chosen, config))
 
 
@@ -560,7 +562,7 @@ def evaluate(config: Settings, checkpoint: str | Path) -> Record:
         raise FileNotFoundError(f"checkpoint {path} does not exist; a finished run leaves picked.safetensors and last.safetensors in its folder")
     network = load_network(config, class_count(table), path).to(device)
     test = make_batches(table, config)["test"]
-    figures = summary(evaluate_model(network, on_device(test(), device), device=device))
+    figures = summary(evaluate_model(network, test(device=device), device=device))
     score = _score({"epoch": 0, **{f"test_{name}": value for name, value in figures.items()}})
     maps = split_maps(network, test, device)
     return Record(method=config.method, dataset=config.dataset, seed=config.seed, identity=dict(checkpoint=file_sha256(path)), settings=public_settings(config),

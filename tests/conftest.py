@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb"))
-PAPERMILL = ("teacher", "distill", "tables")
+PAPERMILL = ("teacher", "distill", "tables", "benchmark")
 
 
 @pytest.fixture

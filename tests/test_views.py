@@ -1,0 +1,91 @@
+"""Batches from files of every kind: the same whatever loads them, and good enough to train on with every family of views."""
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctrlscam.config import Settings
+from ctrlscam.data import load_table
+from ctrlscam.train import distill
+from ctrlscam.views import make_batches
+
+TINY = dict(recipe="synthbirds", batch_size=8, validation_share=0.25, device="cpu")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A `folder:` data set of 4 classes with JPEG files of different shapes, smooth enough to survive compression."""
+    rng = np.random.default_rng(0)
+    for number in range(64):
+        split, name = ("train", "test")[number // 4 % 2], "abcd"[number % 4]
+        small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        place = tmp_path / "photos" / split / name
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((60 + number, 90 - number // 2), Image.Resampling.BICUBIC).save(place / f"{number:02d}.jpg")
+    return dict(dataset=f"folder:{tmp_path / 'photos'}", data_dir=str(tmp_path))
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """CIFAR-10 in the owners' binary form, 24 images a file, each class with a colour of its own."""
+    root, rng = tmp_path / "cifar-10-batches-bin", np.random.default_rng(0)
+    root.mkdir()
+    (root / "batches.meta.txt").write_text("\n".join("airplane automobile bird cat deer dog frog horse ship truck".split()) + "\n\n")
+    for name in [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]:
+        labels = np.arange(40, dtype=np.uint8) % 10
+        pixels = rng.integers(0, 60, (40, 3072), dtype=np.uint8) + 18 * labels[:, None]
+        (root / name).write_bytes(np.concatenate([labels[:, None], pixels], 1).astype(np.uint8).tobytes())
+    return dict(dataset="cifar10", data_dir=str(tmp_path))
+
+
+def hashes(config):
+    """A hash for every batch of two training epochs and of the test views."""
+    table = load_table(config)
+    splits, result = make_batches(table, config), []
+    for split, epoch in (("train", 0), ("train", 1), ("test", -1)):
+        for batch in splits[split](epoch):
+            result.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch if part is not None)).hexdigest())
+    return result
+
+
+@pytest.mark.parametrize("family", [dict(), dict(augment="deit", erasing=0.25, mixup=0.8, cutmix=1.0)], ids=["fgvc", "deit"])
+@pytest.mark.parametrize("store", [dict(), dict(cache_gigabytes=0)], ids=["copy", "files"])
+def test_fault_07_equal_batches_for_any_number_of_workers(photos, family, store):
+    config = Settings(**TINY, **photos, **family, image_size=48)
+    reference = hashes(config)
+    assert len(reference) == 3 + 3 + 4 and len(set(reference)) == len(reference)
+    for changed in (dict(workers=1), dict(workers=4), dict(workers=4, prefetch=1), dict(workers=2, prefetch=8)):
+        assert hashes(config.replace(**changed, **store)) == reference, changed
+
+
+def test_a_training_view_does_not_depend_on_how_much_is_trained_on(photos):
+    """The views of a row are those of the row, whatever the batch size."""
+    config = Settings(**TINY, **photos, image_size=48)
+    seen = []
+    for batch_size in (4, 8):
+        batches = make_batches(load_table(config), config.replace(batch_size=batch_size))["train"](1)
+        seen.append({int(row): image.numpy().tobytes() for batch in batches for row, image in zip(batch.rows, batch.images)})
+    assert seen[0] == seen[1]
+
+
+def test_training_with_every_deit_augmentation(photos, tmp_path):
+    config = Settings(**TINY, **photos, image_size=48, augment="deit", erasing=0.25, mixup=0.8, cutmix=1.0, methods="ctrls_cam",
+                      epochs=1, baseline_epochs=1, teacher_epochs=1, output_dir=str(tmp_path / "outputs"))
+    record = distill(config)
+    assert record.picked.n == 32 and record.settings["mixup"] == 0.8
+
+
+def test_training_on_cifar_in_its_binary_form(cifar, tmp_path):
+    config = Settings(**{**cifar, "validation_share": 0.2}, batch_size=20, teacher="test_resnet", student="test_efficientnet", methods="kd", method="kd", device="cpu",
+                      epochs=1, baseline_epochs=1, teacher_epochs=1, learning_rate=1e-3, baseline_learning_rate=1e-3, teacher_learning_rate=1e-3, output_dir=str(tmp_path / "outputs"))
+    assert (config.image_size, config.augment) == (32, "cifar")
+    record = distill(config)
+    assert (record.picked.n, record.data["classes"], record.data["train"]) == (40, 10, 160)
+
+
+def test_reduced_training_leaves_test_and_outputs_alone(cifar):
+    table = load_table(Settings(**cifar, validation_share=0.2, train_classes=6, train_share=0.5))
+    train = table[table.split != "test"]
+    assert sorted(set(train.label)) == list(range(6)) and train.label.value_counts().unique().tolist() == [10]
+    assert (table.split == "test").sum() == 40 and table.label.max() == 9
