@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from .config import DATASETS, Settings, canonical_dataset, project_root
 from .data import IMAGE_SUFFIXES, INDEXES, DataError, class_count, find_strays, first_five, index_dataset, missing_images, set_root
-from .images import open_pictures, overlap, take_inventory, verify_copy
+from .images import describe_pictures, open_pictures, overlap, take_inventory, verify_copy
 
 # %% ../nbs/02c_download.ipynb #e4f239b2
 class DownloadError(RuntimeError):
@@ -636,14 +636,6 @@ def _survey(name: str, root: Path, read: Callable[[], pd.DataFrame], parts: dict
     return report, table
 
 # %% ../nbs/02c_download.ipynb #306a9bdc
-def _same_records(config: Settings, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Pairs of equal pixels in training and test of a set that is kept as records."""
-    marks = table[["path", "split"]].assign(mark=[hashlib.sha256(np.ascontiguousarray(picture)).digest() for picture in open_pictures(table, config)])
-    train, test = (marks[(marks.split == "test") == is_test] for is_test in (False, True))
-    pairs = train.merge(test, on="mark", suffixes=("_train", "_test"))
-    return [dict(train_path=a, test_path=b, kind="same picture", bits=0) for a, b in zip(pairs.path_train, pairs.path_test)]
-
-
 def _check_copies(config: Settings, root: Path) -> dict[str, str]:
     """State of each decoded copy of a set, by the name of its index file."""
     found = {}
@@ -663,7 +655,9 @@ def _look_inside(report: Report, root: Path, table: pd.DataFrame, data_dir: Path
     config = Settings(dataset=report.name, data_dir=str(data_dir))
     if not has_files:
         report.damaged = {}
-        report.overlap = _same_records(config.replace(resize_to=32), table) if INDEXES[report.name].pixels == "records" else None
+        if INDEXES[report.name].pixels == "records":
+            pictures = open_pictures(table, config.replace(resize_to=32))
+            report.overlap = overlap(table, describe_pictures(table.path, pictures, progress=progress)).to_dict("records")
         return
     lost = set(report.missing_images)
     inventory = take_inventory(root, [path for path in table.path if path not in lost], progress=progress)

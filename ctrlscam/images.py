@@ -31,7 +31,7 @@ from PIL import Image, ImageFile, ImageOps
 from tqdm.auto import tqdm
 
 from .config import Settings, identity_hash, project_root
-from .data import INDEXES, TEST_PER_SPECIES, TRAIN_PER_SPECIES, DataError, data_root, first_five, read_cifar
+from .data import CIFAR_FILES, INDEXES, TEST_PER_SPECIES, TRAIN_PER_SPECIES, DataError, data_root, first_five, read_cifar
 from .synthetic import SPECIES, cached_split, draw_bird
 
 # %% ../nbs/02a_images.ipynb #68b9046b
@@ -466,9 +466,6 @@ class ResizedPictures:
 
 # %% ../nbs/02a_images.ipynb #8e25739a
 FEW = 400  # up to this many birds are drawn on the spot: that is quicker than drawing the whole split once
-_RECORDS = {"cifar10": (1, {"train": "data_batch_*.bin", "test": "test_batch.bin"}), "cifar100": (2, {"train": "train.bin", "test": "test.bin"})}
-
-
 def _places(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Split and number of rows whose paths are split/number."""
     split, number = zip(*(path.split("/") for path in table.path))
@@ -487,10 +484,10 @@ def _drawn_pictures(table: pd.DataFrame, config: Settings, kind: str) -> np.ndar
 
 def _recorded_pictures(table: pd.DataFrame, config: Settings) -> np.ndarray:
     """The pixels of a CIFAR set in the order of the table's rows, N×32×32×3."""
-    (splits, numbers), (label_bytes, files) = _places(table), _RECORDS[config.dataset]
+    (splits, numbers), (label_bytes, files) = _places(table), CIFAR_FILES[config.dataset]
     pictures = np.empty((len(table), 32, 32, 3), dtype=np.uint8)
     for split in set(splits):
-        pixels = np.concatenate([read_cifar(file, label_bytes)[1] for file in sorted(data_root(config).glob(files[str(split)]))])
+        pixels = np.concatenate([read_cifar(data_root(config) / file, label_bytes)[1] for file in files[split]])
         pictures[splits == split] = pixels[numbers[splits == split]]
     return pictures
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PADDING', 'RAND_AUGMENT', 'RADIUS', 'SHARPNESS', 'Views', 'draw_views',
-           'channel_statistics', 'copy_crop', 'random_state_of', 'deit_view', 'deit_centre', 'Crops', 'ViewDataset',
-           'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize', 'denormalize', 'erase',
-           'mix', 'Batch', 'Batches', 'make_batches']
+           'channel_statistics', 'copy_crop', 'random_state_of', 'deit_view', 'deit_centre', 'Crops', 'centre_views',
+           'ViewDataset', 'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize', 'denormalize',
+           'erase', 'mix', 'Batch', 'finish_batch', 'Batches', 'make_batches']
 
 # %% ../nbs/02b_views.ipynb #05105eb1
 import contextlib
@@ -126,7 +126,13 @@ class Crops(NamedTuple):
     blur: Tensor      # B, standard deviation in pixels, 0 for none
     sharpen: Tensor   # B, bool
 
+# %% ../nbs/02b_views.ipynb #393e8b74
+def centre_views(count: int, margin: int) -> Views:
+    """The test views of rows 0…count−1."""
+    middle, nothing = np.full(count, margin // 2), np.zeros(count, bool)
+    return Views(middle, middle, nothing, np.zeros(count, np.float32), nothing)
 
+# %% ../nbs/02b_views.ipynb #1e085428
 class ViewDataset(Dataset):
     """Views of the pictures of a table. `dataset.crops(epoch, rows)` is a batch of them; epoch −1 is the test view."""
 
@@ -136,35 +142,33 @@ class ViewDataset(Dataset):
         self.labels, self.config = torch.from_numpy(table.label.to_numpy(copy=True)), config
         self.side, self.size, self.padding = picture_side(config), config.image_size, PADDING[config.augment]
         self.sizes = image_sizes(table, config) if config.augment == "deit" else None
-        self.views = (-2, None)  # epoch and its views
+        self.drawn: tuple[int, Views] | None = None  # epoch and its views
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _views(self, epoch: int) -> Views:
-        """The choices for all rows in an epoch, kept until the next one is asked for."""
-        if self.views[0] != epoch:
-            margin = self.side + 2 * self.padding - self.size
-            drawn = draw_views(self.config.seed, max(epoch, 0), len(self), margin, filters=self.config.augment == "fgvc")
-            centre = Views(np.full(len(self), margin // 2), np.full(len(self), margin // 2), *(np.zeros_like(values) for values in drawn[2:]))
-            self.views = (epoch, centre if epoch < 0 else drawn)
-        return self.views[1]
+    def views(self, epoch: int) -> Views:
+        """The choices for all rows in an epoch, kept until another epoch is asked for."""
+        if self.drawn is None or self.drawn[0] != epoch:
+            margin, filters = self.side + 2 * self.padding - self.size, self.config.augment == "fgvc"
+            views = centre_views(len(self), margin) if epoch < 0 else draw_views(self.config.seed, epoch, len(self), margin, filters)
+            self.drawn = epoch, views
+        return self.drawn[1]
 
-    def _deit(self, epoch: int, row: int) -> np.ndarray:
-        width, height = map(int, self.sizes[row])
+    def _fill(self, image: Tensor, epoch: int, row: int, views: Views) -> None:
+        """Write the view of `row` into `image`, size×size×3."""
         picture = np.asarray(self.pictures[row])
-        if epoch < 0:
-            return deit_centre(picture, width, height, self.size)
-        return deit_view(picture, width, height, self.size, (self.config.seed, epoch, row))
+        if self.sizes is None:
+            return copy_crop(picture, views.top[row] - self.padding, views.left[row] - self.padding, views.flip[row], image)
+        width, height = map(int, self.sizes[row])
+        image.numpy()[:] = (deit_centre(picture, width, height, self.size) if epoch < 0 else
+                            deit_view(picture, width, height, self.size, (self.config.seed, epoch, row)))
 
     def crops(self, epoch: int, rows: list[int]) -> Crops:
         """The views of `rows` in `epoch`, not yet filtered."""
-        views, images = self._views(epoch), torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
+        views, images = self.views(epoch), torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
         for image, row in zip(images, rows):
-            if self.sizes is None:
-                copy_crop(self.pictures[row], views.top[row] - self.padding, views.left[row] - self.padding, views.flip[row], image)
-            else:
-                image.copy_(torch.tensor(self._deit(epoch, row)))
+            self._fill(image, epoch, row, views)
         return Crops(images, self.labels[rows], torch.tensor(rows), torch.from_numpy(views.blur[rows]), torch.from_numpy(views.sharpen[rows]))
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Crops:
@@ -286,6 +290,19 @@ class Batch(NamedTuple):
     targets: Tensor | None = None
 
 
+def finish_batch(crops: Crops, epoch: int, device: torch.device | str, config: Settings, classes: int) -> Batch:
+    """Crops as a batch on `device`: filtered, normalised and, in training, erased and mixed as the settings say."""
+    key = (config.seed, epoch)
+    images, labels, rows = (tensor.to(device, non_blocking=True) for tensor in crops[:3])
+    images = normalize(apply_filters(images, crops.blur, crops.sharpen), *channel_statistics(config.augment))
+    if epoch >= 0 and config.erasing:
+        images = erase(images, config.erasing, [(*key, row) for row in crops.rows.tolist()])
+    if epoch < 0 or not (config.mixup or config.cutmix):
+        return Batch(images, labels, rows)
+    images, targets = mix(images, labels, classes, config.mixup, config.cutmix, (*key, int(crops.rows[0])))
+    return Batch(images, targets.argmax(1), rows, targets)
+
+# %% ../nbs/02b_views.ipynb #9d058a21
 def _as_delivered(crops: Crops) -> Crops:
     return crops
 
@@ -310,19 +327,7 @@ class Batches:
 
     def __call__(self, epoch: int = -1, device: torch.device | str = "cpu") -> Iterator[Batch]:
         for crops in self.crops(epoch):
-            yield self.finish(crops, epoch, device)
-
-    def finish(self, crops: Crops, epoch: int, device: torch.device | str) -> Batch:
-        """Crops as a batch on `device`: filtered, normalised and, in training, erased and mixed as the settings say."""
-        config, key = self.config, (self.config.seed, epoch)
-        images, labels, rows = (tensor.to(device, non_blocking=True) for tensor in crops[:3])
-        images = normalize(apply_filters(images, crops.blur, crops.sharpen), *channel_statistics(config.augment))
-        if epoch >= 0 and config.erasing:
-            images = erase(images, config.erasing, [(*key, row) for row in crops.rows.tolist()])
-        if epoch < 0 or not (config.mixup or config.cutmix):
-            return Batch(images, labels, rows)
-        images, targets = mix(images, labels, self.classes, config.mixup, config.cutmix, (*key, int(crops.rows[0])))
-        return Batch(images, targets.argmax(1), rows, targets)
+            yield finish_batch(crops, epoch, device, self.config, self.classes)
 
 
 def make_batches(table: pd.DataFrame, config: Settings) -> dict[str, Batches]:

@@ -742,6 +742,16 @@ def test_bad_list_is_refused(tmp_path, change, words):
         read_sources(tmp_path / "sources.json")
 
 
+def test_installed_package_finds_its_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctrlscam.download.project_root", lambda: tmp_path / "anywhere")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(DownloadError, match="the list of data sets is missing"):
+        read_sources()
+    (tmp_path / "share" / "ctrlscam").mkdir(parents=True)
+    shutil.copy(ROOT / "data" / "sources.json", tmp_path / "share" / "ctrlscam")
+    assert list(read_sources()) == list(INDEXES)
+
+
 def test_unknown_name_in_the_list(tmp_path, sources):
     (tmp_path / "sources.json").write_text(json.dumps({"cub2000": sources["cub200"].model_dump()}))
     with pytest.raises(DownloadError, match="unknown data sets cub2000"):
