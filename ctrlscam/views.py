@@ -75,15 +75,14 @@ def copy_crop(picture: np.ndarray, top: int, left: int, flip: bool, out: Tensor)
 # %% ../nbs/02b_views.ipynb #6d5d9f35
 @contextlib.contextmanager
 def random_state_of(*numbers: int) -> Iterator[None]:
-    """Within the block, the global generators of Python, NumPy and torch depend on `numbers` alone; afterwards they stand where they stood."""
-    before = random.getstate(), np.random.get_state()
+    """Within the block, the global generators of Python, NumPy and torch (on the CPU) depend on `numbers` alone; afterwards they stand where they stood."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(_keyed("state", *numbers).integers(2**32))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(before[0]), np.random.set_state(before[1])
+    try:
+        random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
 
 # %% ../nbs/02b_views.ipynb #e81a10bd
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # the policy of the DeiT recipe
@@ -166,7 +165,8 @@ class ViewDataset(Dataset):
 
     def crops(self, epoch: int, rows: list[int]) -> Crops:
         """The views of `rows` in `epoch`, not yet filtered."""
-        views, images = self.views(epoch), torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
+        views = self.views(epoch)
+        images = torch.from_numpy(np.empty((len(rows), self.size, self.size, 3), np.uint8))  # NumPy maps large pages: fewer faults than torch.empty
         for image, row in zip(images, rows):
             self._fill(image, epoch, row, views)
         return Crops(images, self.labels[rows], torch.tensor(rows), torch.from_numpy(views.blur[rows]), torch.from_numpy(views.sharpen[rows]))
@@ -265,7 +265,7 @@ def denormalize(images: Tensor, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
 # %% ../nbs/02b_views.ipynb #f94c844f
 def erase(images: Tensor, probability: float, keys: list[tuple[int, int, int]]) -> Tensor:
     """Normalised images with a random rectangle of noise in some of them, in place (timm's RandomErasing, one rectangle, per-pixel noise); `keys` are (seed, epoch, row)."""
-    eraser = RandomErasing(probability=probability, mode="pixel", device=images.device.type)
+    eraser = RandomErasing(probability=probability, mode="pixel", device="cpu")  # noise from the CPU is the same for every device
     for k, key in enumerate(keys):
         with random_state_of(*key):
             eraser(images[k:k + 1])
