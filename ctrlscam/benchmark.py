@@ -45,7 +45,7 @@ class Timing(NamedTuple):
 
 
 def interleave(candidates: dict[str, Callable[[], int]], rounds: int) -> list[Timing]:
-    """Run all candidates in turn, `rounds` times, after one unmeasured turn."""
+    """Run all candidates in turn, `rounds` times, after one unmeasured turn; a candidate returns the number of its images."""
     rates: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in tqdm(range(rounds + 1), desc="rounds", leave=False):
         for name, work in candidates.items():
@@ -119,7 +119,7 @@ class FilesOneByOne(Dataset):
 
 
 class StoredOneByOne(Dataset):
-    """Stored pictures, filtered and normalised one by one in the loader."""
+    """Stored pictures, cropped, filtered and normalised one by one in the loader."""
 
     def __init__(self, pictures: np.ndarray, size: int) -> None:
         mean, std = channel_statistics("fgvc")
@@ -136,7 +136,7 @@ class StoredOneByOne(Dataset):
 
 # %% ../nbs/12_benchmark.ipynb #40995849
 def copy_bytes(pictures: np.ndarray, size: int, batch_size: int) -> int:
-    """Copy size×size×3 bytes of each stored picture into a batch; returns the number of images."""
+    """Copy size×size×3 bytes of each stored picture, N×side×side×3 uint8, into a batch; returns the number of pictures."""
     flat, batch = pictures.reshape(len(pictures), -1), np.empty((batch_size, size * size * 3), np.uint8)
     for row in range(len(flat)):
         np.copyto(batch[row % batch_size], flat[row, :batch.shape[1]])
@@ -192,8 +192,8 @@ def fresh_copy(config: Settings) -> Iterator[Settings]:
             config = config.replace(dataset=f"folder:{draw_files(Path(folder), 2 * (config.max_images or IMAGES))}")
         elif not config.dataset.startswith("folder:"):
             for part in config.dataset.split("+"):
-                root = set_root(part, project_root() / config.data_dir).resolve()
-                (Path(folder) / root.name).symlink_to(root)
+                root = set_root(part, project_root() / config.data_dir)
+                (Path(folder) / root.name).symlink_to(root.resolve())  # under the name that the index looks for, even if that is a link
         yield config.replace(data_dir=folder)
 
 
@@ -209,7 +209,7 @@ def time_build(table: pd.DataFrame, config: Settings) -> dict[str, float]:
 def time_input(config: Settings, *, rounds: int = 5, workers: tuple[int, ...] = (0, 2)) -> dict[str, Any]:
     """Images a second of every way from disk to batches, for each number of loader processes, with torch on one thread.
 
-    Uses the training images of `config`, at most `max_images` (160 if not given). Returns build figures, one row per candidate and number of processes, and the environment.
+    Uses the training images of `config`, at most `max_images` (160 if not given). Returns a dictionary: `settings`, `build` (see `time_build`), `rows` (one a candidate and number of processes) and `environment`.
     """
     tables = []
     with fresh_copy(config) as config, one_thread():
@@ -235,21 +235,23 @@ def input_table(result: dict[str, Any]) -> pd.DataFrame:
 
 # %% ../nbs/12_benchmark.ipynb #55c1ab57
 def input_figure(result: dict[str, Any]) -> Figure:
-    """Bars of the multiples of the original, smallest to largest as error bars, one panel per number of loader processes; logarithmic."""
+    """Multiples of the original on a logarithmic axis: median as a dot, smallest to largest as a bar, one panel per number of loader processes."""
     rows = pd.DataFrame(result["rows"])
     groups = list(rows.groupby("workers", sort=False))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(groups), figsize=(4.2 + 3.2 * len(groups), 2.8), sharey=True, squeeze=False)
         for ax, (count, group) in zip(axes[0], groups):
             middle, places = group["times the reference"], np.arange(len(group))[::-1]
-            ax.barh(places, middle, color=["0.6"] + ["#4477aa"] * (len(group) - 2) + ["0.85"], xerr=[middle - group["ratio min"], group["ratio max"] - middle])
+            ax.axvline(1, color="0.7", linewidth=0.8)
+            ax.errorbar(middle, places, xerr=[middle - group["ratio min"], group["ratio max"] - middle], fmt="o", markersize=5, capsize=3, color="#4477aa")
             ax.set_yticks(places, group.candidate)
             ax.set_xscale("log")
+            ax.xaxis.set_major_formatter("{x:g}")
             ax.set_title("main process" if count == 0 else f"{count} loader processes", fontsize=9)
             ax.set_xlabel("images a second, original = 1")
             for place, value in zip(places, middle):
-                ax.annotate(f"{value:.1f}×", (value, place), xytext=(5, 4), textcoords="offset points", fontsize=7)
-            ax.set_xlim(0.5, 3 * middle.max())
+                ax.annotate(f"{value:.1f}×", (value, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+            ax.set(xlim=(group["ratio min"].min() / 2, 2 * group["ratio max"].max()), ylim=(-0.6, len(group) - 0.3))
         figure.tight_layout()
     return figure
 

@@ -16,7 +16,7 @@ from typing import Annotated, Iterator, Optional
 
 import typer
 
-from .config import canonical_dataset
+from .config import SettingsError, canonical_dataset
 
 # %% ../nbs/14_cli.ipynb #5b7aa216
 PLAIN = dict(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -38,9 +38,9 @@ def _known_name(name: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a data set, or two joined by +", callback=_known_name, show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="name of a data set such as cub200, or several joined by +", callback=_known_name, show_default=False)]
 DataDir = Annotated[Path, typer.Option(help="folder of the data sets; a relative one counts from the project, as in the settings")]
-Sources = Annotated[Optional[Path], typer.Option(help="another list of addresses than data/sources.json, such as that of a mirror", show_default=False)]
+Sources = Annotated[Optional[Path], typer.Option(help="a list of addresses in place of data/sources.json, such as one that names a mirror", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for other programs")]
 
 # %% ../nbs/14_cli.ipynb #6edfff65
@@ -51,7 +51,7 @@ def _one_message() -> Iterator[None]:
     from ctrlscam.download import DownloadError
     try:
         yield
-    except (DownloadError, DataError, OSError) as error:
+    except (DownloadError, DataError, SettingsError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -73,7 +73,7 @@ def list_command(data_dir: DataDir = Path("data"), sources: Sources = None, as_j
 @data.command("get")
 def get_command(name: Name, data_dir: DataDir = Path("data"), sources: Sources = None,
                 patience: Annotated[float, typer.Option(min=0.1, help="seconds without data before a download is given up")] = 60.0) -> None:
-    """Download, check and unpack a data set; for one that its owners hand out in person, print the steps."""
+    """Download, check and unpack a data set; print the steps for one that can be had from its owners' page only."""
     with _one_message():
         from ctrlscam.download import get_dataset, read_sources
         for folder in get_dataset(name, data_dir, sources=read_sources(sources), patience=patience, progress=_progress()):

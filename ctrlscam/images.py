@@ -132,10 +132,10 @@ def decode_image(path: str | Path) -> np.ndarray:
 
 # %% ../nbs/02a_images.ipynb #5b44a623
 def picture_side(config: Settings) -> int:
-    """Side of the stored square pictures in pixels: `resize_to`, else the input size for cifar and 8/7 of it for fgvc and deit."""
+    """Side of the square pictures in pixels: `resize_to`, else the input size for cifar and 8/7 of it for fgvc (rounded) and deit (down, as timm does)."""
     if config.resize_to is not None:
         return config.resize_to
-    return config.image_size if config.augment == "cifar" else round(config.image_size * 8 / 7)
+    return {"fgvc": round(config.image_size * 8 / 7), "cifar": config.image_size, "deit": config.image_size * 8 // 7}[config.augment]
 
 
 def _interpolation(config: Settings) -> str:
@@ -144,7 +144,7 @@ def _interpolation(config: Settings) -> str:
 
 
 def _square(image: Image.Image, side: int, interpolation: str) -> np.ndarray:
-    """An image as side×side×3 uint8, its shape ignored."""
+    """A picture resized to side×side×3 uint8, whatever its shape; `interpolation` is bilinear or bicubic."""
     return np.asarray(image.resize((side, side), Image.Resampling[interpolation.upper()]))
 
 # %% ../nbs/02a_images.ipynb #f17bf993
@@ -280,7 +280,7 @@ NEAR = 64  # bits of 512
 
 
 def _allowance(words: np.ndarray) -> np.ndarray:
-    """How many bits another fingerprint may differ from each of these: `NEAR`, less for plain pictures, −1 for a single colour."""
+    """In how many bits another fingerprint may differ from each of these: `NEAR`, fewer for plain pictures, −1 for a single colour."""
     ones = np.bitwise_count(words).sum(0, dtype=np.int64)
     return np.minimum(NEAR, (np.minimum(ones, 512 - ones) - 1) // 3)
 
@@ -302,7 +302,7 @@ def _near_pairs(first: Iterable[str], second: Iterable[str]) -> tuple[np.ndarray
 
 # %% ../nbs/02a_images.ipynb #27a76fe0
 def overlap(table: pd.DataFrame, inventory: pd.DataFrame) -> pd.DataFrame:
-    """Test images that are also among the training and validation images, one row a pair.
+    """Test pictures that are also among the training and validation pictures, one row a pair.
 
     Columns: train_path, test_path, kind ("same file": equal bytes, of records equal pixels; "same picture": fingerprints that differ in at most `NEAR`
     of 512 bits), bits (how many differ). Damaged images are left out.
@@ -320,7 +320,7 @@ def overlap(table: pd.DataFrame, inventory: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/02a_images.ipynb #1803ad2a
 class _Copy(NamedTuple):
-    """Which pictures a decode copy holds, at which size, and where it lies."""
+    """Which pictures a decoded copy holds, at which size, and where it lies."""
 
     root: Path
     paths: list[str]
@@ -412,8 +412,8 @@ def _tidy(copy: _Copy, array: str) -> None:
 def _refuse_damaged(root: Path, rows: Sequence[dict], dataset: str) -> None:
     """Raise one DataError for all rows of an inventory that have an error."""
     if damaged := [f"{row['path']} ({row['error']})" for row in rows if row["error"] is not None]:
-        raise DataError(f"{root}: {len(damaged):,} of {len(rows):,} images cannot be decoded: {first_five(damaged)}. `ctrlscam data check {dataset}` lists "
-                        "them all. To go on without them, put their paths into a text file, one a line, and pass `-p leave_out FILE`")
+        raise DataError(f"{root}: {len(damaged):,} of {len(rows):,} images cannot be decoded: {first_five(damaged)}. `ctrlscam data check {dataset} "
+                        "--damaged FILE` writes the paths of all of them to a text file. To go on without them, pass `-p leave_out FILE`")
 
 
 def _build_copy(copy: _Copy, dataset: str, *, workers: int | None = None) -> None:
@@ -498,14 +498,14 @@ def _pixels(config: Settings) -> str:
 
 
 def _copy_of(table: pd.DataFrame, config: Settings) -> _Copy:
-    """The decode copy that belongs to a table and its settings, whether it is there or not."""
+    """The decoded copy that belongs to a table and its settings, whether it is there or not."""
     return _Copy(data_root(config), table.path.tolist(), picture_side(config), _interpolation(config), project_root() / config.data_dir / "cache")
 
 
 def open_pictures(table: pd.DataFrame, config: Settings) -> np.ndarray | FilePictures | ResizedPictures:
     """The pictures of a table by row number, each side×side×3 uint8 with the side of `picture_side`.
 
-    Sets of files come from a decode copy under `data_dir`/cache, which is made at first use (an array mapped into memory), or
+    Sets of image files come from a decoded copy under `data_dir`/cache, which is made at first use (an array mapped into memory), or
     beyond `cache_gigabytes` from the files. Raises DataError for damaged images, all in one message, and for a disk that is full.
     """
     copy = _copy_of(table, config)
@@ -528,7 +528,7 @@ def open_pictures(table: pd.DataFrame, config: Settings) -> np.ndarray | FilePic
 
 # %% ../nbs/02a_images.ipynb #b003b5c2
 def image_sizes(table: pd.DataFrame, config: Settings) -> np.ndarray:
-    """Width and height in pixels of the upright original of each row, N×2 int64. Raises DataError for damaged images."""
+    """Width and height in pixels of the upright picture of each row before it is made square, N×2 int64. Raises DataError for damaged images."""
     if (kind := _pixels(config)) != "files":
         return np.full((len(table), 2), 32 if kind == "records" else picture_side(config))
     copy = _copy_of(table, config)
@@ -538,7 +538,7 @@ def image_sizes(table: pd.DataFrame, config: Settings) -> np.ndarray:
 
 # %% ../nbs/02a_images.ipynb #ec03e4c3
 def verify_copy(table: pd.DataFrame, config: Settings) -> list[str]:
-    """Paths whose pictures in the decode copy no longer have their checksums; an empty list for a sound copy.
+    """Paths whose pictures in the decoded copy no longer have their checksums; an empty list for a sound copy.
 
     A copy with such rows loses its index, so that the next `open_pictures` builds it anew. Raises DataError if there is no copy.
     """

@@ -70,7 +70,10 @@ def _data_identity(config: Settings) -> dict[str, Any]:
     """What decides the views that a run learns from: the settings, the content of a list of images to leave out, the versions of what is drawn here."""
     identity = {**select_groups(config, ("data",)), "views_version": VIEWS_VERSION}
     if config.leave_out is not None:
-        identity["leave_out"] = f"sha256:{file_sha256(project_root() / config.leave_out)[:16]}"
+        file = project_root() / config.leave_out
+        if not file.is_file():
+            raise FileNotFoundError(f"leave_out = {file}: there is no such file, but it is part of what names this run")
+        identity["leave_out"] = f"sha256:{file_sha256(file)[:16]}"
     return {**identity, "data_version": VERSION} if config.dataset == "synthbirds" else identity
 
 

@@ -164,7 +164,7 @@ def test_check_folder_of_ones_own(tmp_path):
     assert done.exit_code == 0 and "complete" in done.stdout and "train: 2\n" in done.stdout, done.output
     (tmp_path / "test/gull/9.png").write_bytes((tmp_path / "train/gull/1.png").read_bytes())
     done = run("check", f"folder:{tmp_path}")
-    assert done.exit_code == 0 and "pictures in training and test: 1" in done.stdout and "train/gull/1.png and test/gull/9.png: same file" in done.stdout, done.output
+    assert done.exit_code == 0 and "pictures in both training and test: 1" in done.stdout and "train/gull/1.png and test/gull/9.png: same file" in done.stdout, done.output
     assert run("check", f"folder:{tmp_path / 'nowhere'}").exit_code == 1
 
 
@@ -178,7 +178,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     probe = "import sys, ctrlscam.cli as cli; sys.argv = ['ctrlscam', 'data', '--help']\ntry: cli.main()\nexcept SystemExit: print(sorted({'torch', 'pandas', 'requests'} & set(sys.modules)))"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 10  # half a second on an idle machine
     assert done.stdout.splitlines()[-1] == "[]" and "check" in done.stdout
 
 

@@ -54,10 +54,18 @@ def test_teacher_notebook(papermill, tmp_path):
     assert len(run_files(tmp_path / "outputs")) == 1
 
 
+def test_benchmark_notebook(papermill, tmp_path):
+    done = papermill("nbs/benchmark.ipynb", tmp_path / "executed.ipynb", "-p", "smoke", "true", "-p", "max_images", "16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "outputs" / "benchmark" / "input.json").read_text())
+    assert {row["workers"] for row in result["rows"]} == {0, 2} and all(row["images/s"] > 0 for row in result["rows"])
+
+
 @pytest.mark.parametrize("words, message", [
     (["-p", "epocs", "3"], "did you mean 'epochs'"),
     (["-p", "epochs", "3.5"], "epochs = 3.5"),
-    (["-p", "dataset", "cub"], "did you mean 'cub200'"),
+    (["-p", "dataset", "cub20"], "did you mean 'cub200'"),
+    (["-p", "dataset", "cub200+cifar10"], "a joint set needs"),
     (["-p", "methods", "ctrlscam"], "did you mean 'ctrls_cam'"),
     (["-p", "teacher", "resnet5"], "resnet50"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")

@@ -375,6 +375,17 @@ def test_fault_23_paths_out_of_the_root_are_refused(name, path, tmp_path):
     refuses(name, tmp_path, "1 of 42 images have a path that is absolute or leaves the folder of the data set", path)
 
 
+@pytest.mark.parametrize("stem", ["a\nb", "\x1b[31mred\x07", os.fsdecode(b"\xff")], ids=["line break", "escape code", "not UTF-8"])
+def test_fault_23_names_that_no_list_or_terminal_can_hold_are_refused(stem, tmp_path):
+    for number in range(4):
+        place = tmp_path / "own" / ("train", "test")[number % 2] / "ab"[number // 2]
+        place.mkdir(parents=True)
+        (place / (f"{stem}.jpg" if number == 3 else "a.jpg")).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        index_dataset(f"folder:{tmp_path / 'own'}", tmp_path)
+    assert str(caught.value).endswith(f"in their path: test/b/{ascii(stem)[1:-1]}.jpg") and str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", FILE_SETS)
 def test_fault_23_links(name, tmp_path):
     """Links are followed, out of the root too; one that points nowhere, or to itself, is a missing image."""

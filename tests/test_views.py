@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctrlscam.config import Settings
+from ctrlscam.benchmark import fresh_copy
+from ctrlscam.config import Settings, SettingsError
 from ctrlscam.data import load_table
+from ctrlscam.download import check_dataset
+from ctrlscam.images import open_pictures
 from ctrlscam.train import distill
 from ctrlscam.views import make_batches
 
@@ -69,6 +72,30 @@ def test_a_training_view_does_not_depend_on_how_much_is_trained_on(photos):
     assert seen[0] == seen[1]
 
 
+def test_check_knows_copies_of_every_size(photos, tmp_path):
+    for size in (dict(image_size=48), dict(image_size=600), dict(image_size=48, augment="deit"), dict(image_size=32, augment="cifar")):
+        config = Settings(**TINY, **photos, **size)
+        pictures = open_pictures(load_table(config), config)
+    assert sorted(check_dataset(photos["dataset"], tmp_path, progress=False).copies.values()) == ["sound"] * 4
+    with open(pictures.filename, "r+b") as file:
+        file.seek(-2000, 2)
+        byte = file.read(1)[0]
+        file.seek(-2000, 2)
+        file.write(bytes([255 - byte]))
+    states = check_dataset(photos["dataset"], tmp_path, progress=False).copies.values()
+    assert sum("1 pictures were altered" in state for state in states) == 1 and list(states).count("sound") == 3
+
+
+def test_benchmark_reads_a_set_behind_a_link(photos, tmp_path):
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    for split in ("train", "test"):
+        for number, name in enumerate("abcd", 1):
+            (tmp_path / "elsewhere" / split / name).rename(tmp_path / "elsewhere" / split / f"{number:03}.{name}")
+    (tmp_path / "CUB_200_2011").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with fresh_copy(Settings(dataset="cub200", data_dir=str(tmp_path))) as config:
+        assert len(load_table(config)) == 64
+
+
 def test_training_with_every_deit_augmentation(photos, tmp_path):
     config = Settings(**TINY, **photos, image_size=48, augment="deit", erasing=0.25, mixup=0.8, cutmix=1.0, methods="ctrls_cam",
                       epochs=1, baseline_epochs=1, teacher_epochs=1, output_dir=str(tmp_path / "outputs"))
@@ -82,6 +109,12 @@ def test_training_on_cifar_in_its_binary_form(cifar, tmp_path):
     assert (config.image_size, config.augment) == (32, "cifar")
     record = distill(config)
     assert (record.picked.n, record.data["classes"], record.data["train"]) == (40, 10, 160)
+
+
+def test_settings_that_would_train_on_black_borders_are_refused():
+    for augment in ("fgvc", "cifar", "deit"):
+        with pytest.raises(SettingsError, match="resize_to = 48: crops of image_size = 64 do not fit"):
+            Settings(image_size=64, resize_to=48, augment=augment)
 
 
 def test_reduced_training_leaves_test_and_outputs_alone(cifar):
