@@ -105,8 +105,8 @@ class DataSettings(BaseModel):
     dataset: str = _field("synthbirds", "data", "synthbirds, cub200, nabird, stancar, standog, aircraft, cifar10, cifar100, foodx251, a joint set such as cub200+standog, or folder:<path> with train/<class>/… and test/<class>/…")
     max_classes: int | None = _field(None, "data", "use only the first classes (in label order); None for all", ge=2)
     max_images: int | None = _field(None, "data", "keep at most this many images of the training and of the test split; None for all", ge=4)
-    train_classes: int | None = _field(None, "data", "train on the first classes only, tested on all; None for all", later=True, ge=1)
-    train_share: float | None = _field(None, "data", "train on the first share of each class only; None for all", later=True, gt=0, le=1)
+    train_classes: int | None = _field(None, "data", "students train on the images of the first classes only, tested on all; None for all", later=True, ge=1)
+    train_share: float | None = _field(None, "data", "students train on the first share of each class only; None for all", later=True, gt=0, le=1)
     leave_out: str | None = _field(None, "data", "text file that lists images to leave out, one path a line as in the table; the file is found from the project root; None for none", later=True, min_length=1)
     image_size: int = _field(448, "data", "side of the square input in pixels", ge=16, le=2048)
     resize_to: int | None = _field(None, "data", "side in pixels of the square picture that crops are taken from; None for 8/7 of image_size, with augment cifar for image_size itself", later=True, ge=16, le=4096)
@@ -370,9 +370,9 @@ def identity_hash(identity: dict[str, Any]) -> str:
 
 # %% ../nbs/00_config.ipynb #1ffddf8d
 def teacher_settings(config: Settings) -> Settings:
-    """The run that trains the teacher of `config`: cross-entropy alone, the teacher in the student's place."""
+    """The run that trains the teacher of `config`: cross-entropy alone, the teacher in the student's place, on all training images."""
     return config.replace(
-        method="ce", student=config.teacher, student_weights=config.teacher_weights, student_output_stride=config.teacher_output_stride,
+        method="ce", train_classes=None, train_share=None, student=config.teacher, student_weights=config.teacher_weights, student_output_stride=config.teacher_output_stride,
         student_frozen_batchnorm=config.teacher_frozen_batchnorm, student_layer_decay=config.teacher_layer_decay, epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate)
 
 

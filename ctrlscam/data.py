@@ -599,21 +599,20 @@ def cub200_parts(root: Path) -> pd.DataFrame:
 
 # %% ../nbs/02_data.ipynb #3d709c10
 def reduce_training(table: pd.DataFrame, classes: int | None, share: float | None) -> pd.DataFrame:
-    """Training rows of classes 0…classes−1, and the first int(count·share) of each; all other splits whole. Raises DataError for a class left empty."""
-    train, outputs = table.split == "train", class_count(table)
-    if classes is not None:
-        if classes > outputs:
-            raise DataError(f"train_classes = {classes}, but there are {outputs} classes")
-        table = table[~train | (table.label < classes)]
-        if class_count(table) < outputs:
-            raise DataError(f"train_classes = {classes} leaves no image of the last of {outputs} classes, which has none in the test split; pass `-p max_classes {classes}`")
-    if share is not None:
-        train = table[table.split == "train"]
-        quota = train.label.map({label: int(count * share) for label, count in train.label.value_counts().items()})
-        if empty := train.class_name[quota == 0].unique().tolist():
-            raise DataError(f"train_share = {share} leaves no training image of {len(empty)} classes: {first_five(empty)}")
-        table = table.drop(train.index[train.groupby("label").cumcount() >= quota])
-    return table
+    """Mark as `unused` the training rows of all but the first `classes`, and of each class all but the first int(count·share), where count includes its
+    validation images. Validation and test stay whole. Raises DataError if a class that is kept would have no training image."""
+    outputs = class_count(table)
+    kept_classes, share = outputs if classes is None else classes, 1 if share is None else share
+    if kept_classes > outputs:
+        raise DataError(f"train_classes = {classes}, but there are {outputs} classes")
+    rows = table[table.split != "test"]
+    of_class = rows.groupby("label").label
+    kept = (rows.label < kept_classes) & (of_class.cumcount() < (of_class.transform("size") * share).astype(int))
+    split = table.split.mask((table.split == "train") & ~kept.reindex(table.index, fill_value=True), "unused")
+    left = set(table.label[split == "train"])
+    if empty := sorted(set(table.class_name[(table.label < kept_classes) & ~table.label.isin(left)])):
+        raise DataError(f"train_share = {share} leaves no training image of {len(empty)} classes: {first_five(empty)}")
+    return table.assign(split=split)
 
 # %% ../nbs/02_data.ipynb #8bd8845a
 def _leave_out(table: pd.DataFrame, file: Path) -> pd.DataFrame:
@@ -648,12 +647,12 @@ def _set_aside(table: pd.DataFrame, share: float) -> pd.DataFrame:
         _, val = train_test_split(train, test_size=count, random_state=0, stratify=table.loc[train, "label"])
     except ValueError as error:
         raise DataError(f"cannot set {count} of {len(train)} training images aside for validation, at least one of each of {classes} classes, of which "
-                        f"each must keep one: {error}. Give more images a class (train_share, max_images) or fewer classes (max_classes)") from None
+                        f"each must keep one: {error}. Give more images a class (max_images) or fewer classes (max_classes)") from None
     return table.assign(split=table.split.mask(table.index.isin(val), "val"))
 
 # %% ../nbs/02_data.ipynb #20a6b8c3
 def load_table(config: Settings) -> pd.DataFrame:
-    """The table of `config.dataset` with splits train, val and test, restricted as the settings say; row numbers are sample numbers.
+    """The table of `config.dataset` with splits train, val and test (and unused), restricted as the settings say; row numbers are sample numbers.
 
     Raises DataError if files are missing or contradict each other, and if the settings leave too little.
     """
@@ -664,10 +663,10 @@ def load_table(config: Settings) -> pd.DataFrame:
         if config.max_classes > class_count(table):
             raise DataError(f"max_classes = {config.max_classes}, but {config.dataset} has {class_count(table)} classes")
         table = table[table.label < config.max_classes]
-    table = reduce_training(table, config.train_classes, config.train_share)
     if config.max_images is not None:
         table = _limit_images(table, config.max_images)
     table = _set_aside(table.reset_index(drop=True), config.validation_share)
+    table = reduce_training(table, config.train_classes, config.train_share)
     has_files = config.dataset not in INDEXES or INDEXES[config.dataset].pixels == "files"
     if has_files and (missing := missing_images(data_root(config), table)):
         raise DataError(f"{data_root(config)}: {len(missing)} of {len(table)} images are missing: {first_five(missing)}. "

@@ -34,7 +34,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Settings, baseline_settings, identity_hash, project_root, teacher_settings
+from .config import Settings, baseline_settings, identity_hash, project_root, select_groups, teacher_settings
 from .data import class_count, load_table
 from .evaluate import Predictions, collect_maps, evaluate_model, map_quality, mcnemar, paired_bootstrap, predictions_table, summary
 from .images import part_masks
@@ -426,12 +426,18 @@ def check_inputs(config: Settings) -> pd.DataFrame:
     return table
 
 
+def _table_of(config: Settings, other: Settings, table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `config`, given that of `other`: mostly the same, but a teacher learns from images that are withheld from its student."""
+    return table if select_groups(config, ("data",)) == select_groups(other, ("data",)) else load_table(config)
+
+
 def _run(config: Settings, table: pd.DataFrame, on_epoch: Callable[[pd.DataFrame], None] | None) -> Record:
     """The record of `config`, after the runs it builds on; trains only what has no record."""
     folder = run_folder(config)
     if not (folder / "record.json").is_file():
         if find_method(config.method).teacher:
-            _run(teacher_settings(config), table, on_epoch)
+            teacher = teacher_settings(config)
+            _run(teacher, _table_of(teacher, config, table), on_epoch)
         if starts_from_baseline(config):
             _run(baseline_settings(config), table, on_epoch)
         with locked(folder):
@@ -475,7 +481,7 @@ def distill_all(config: Settings, on_epoch: Callable[[pd.DataFrame], None] | Non
     table = check_inputs(config)
     # The teacher's run is a `ce` run like the student's own; whoever watches should be able to tell them apart.
     as_teacher = None if on_epoch is None else lambda metrics: on_epoch(metrics.assign(method="teacher"))
-    return {row: [_run(one, table, as_teacher if row == "teacher" else on_epoch) for one in runs] for row, runs in table_runs(config).items()}
+    return {row: [_run(one, _table_of(one, config, table), as_teacher if row == "teacher" else on_epoch) for one in runs] for row, runs in table_runs(config).items()}
 
 # %% ../nbs/10_train.ipynb #6fbf6660
 def read_metrics(runs: list[Settings]) -> pd.DataFrame:

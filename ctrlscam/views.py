@@ -141,13 +141,16 @@ class ViewDataset(Dataset):
     def __init__(self, table: pd.DataFrame, config: Settings) -> None:
         pictures = open_pictures(table, config)
         self.pictures = np.asarray(pictures) if isinstance(pictures, np.ndarray) else pictures  # a plain view of a memmap is quicker to index
-        self.labels, self.config = torch.from_numpy(table.label.to_numpy(copy=True)), config
+        self.table, self.labels, self.config = table, torch.from_numpy(table.label.to_numpy(copy=True)), config
         self.side, self.size, self.padding = picture_side(config), config.image_size, PADDING[config.augment]
         self.sizes = image_sizes(table, config) if config.augment == "deit" else None
         self.drawn: tuple[int, Views] | None = None  # epoch and its views
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __reduce__(self) -> tuple:
+        return ViewDataset, (self.table, self.config)  # a loader process that is not forked opens the pictures itself
 
     def views(self, epoch: int) -> Views:
         """The choices for all rows in an epoch, kept until another epoch is asked for."""

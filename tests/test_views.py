@@ -1,5 +1,6 @@
 """Batches from files of every kind: the same whatever loads them, and good enough to train on with every family of views."""
 import hashlib
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from ctrlscam.config import Settings, SettingsError
 from ctrlscam.data import load_table
 from ctrlscam.download import check_dataset
 from ctrlscam.images import open_pictures
-from ctrlscam.train import distill
-from ctrlscam.views import make_batches
+from ctrlscam.train import distill, train_teacher
+from ctrlscam.views import ViewDataset, make_batches
 
 TINY = dict(recipe="synthbirds", batch_size=8, validation_share=0.25, device="cpu")
 
@@ -117,8 +118,27 @@ def test_settings_that_would_train_on_black_borders_are_refused():
             Settings(image_size=64, resize_to=48, augment=augment)
 
 
-def test_reduced_training_leaves_test_and_outputs_alone(cifar):
-    table = load_table(Settings(**cifar, validation_share=0.2, train_classes=6, train_share=0.5))
-    train = table[table.split != "test"]
-    assert sorted(set(train.label)) == list(range(6)) and train.label.value_counts().unique().tolist() == [10]
-    assert (table.split == "test").sum() == 40 and table.label.max() == 9
+def test_reduced_training_leaves_validation_test_and_outputs_alone(cifar):
+    config = Settings(**cifar, validation_share=0.2)
+    whole, table = load_table(config), load_table(config.replace(train_classes=6, train_share=0.5))
+    assert table.path.equals(whole.path) and table.label.max() == 9
+    for split in ("val", "test"):
+        assert table.index[table.split == split].equals(whole.index[whole.split == split])
+    train = table[table.split == "train"]
+    assert sorted(set(train.label)) == list(range(6))
+    rows = whole[whole.split != "test"]
+    early = rows[(rows.groupby("label").cumcount() < 10) & (rows.label < 6)]  # the first half of 20 images a class
+    assert list(train.index) == list(early.index[early.split == "train"])
+
+
+def test_a_reduced_student_has_a_teacher_that_saw_everything(photos, tmp_path):
+    config = Settings(**TINY, **photos, image_size=48, train_share=0.5, method="kd", methods="kd", epochs=1, baseline_epochs=1, teacher_epochs=1, output_dir=str(tmp_path / "outputs"))
+    teacher, student = train_teacher(config), distill(config)
+    assert (teacher.data["train"], teacher.data.get("unused")) == (24, None)
+    assert student.data["train"] + student.data["unused"] == 24 and student.data["val"] == teacher.data["val"] == 8
+
+
+def test_a_loader_that_is_not_forked_gets_no_pixels(photos):
+    config = Settings(**TINY, **photos, image_size=48)
+    dataset = ViewDataset(load_table(config), config)
+    assert dataset.pictures.nbytes > 100_000 and len(ForkingPickler.dumps(dataset)) < 40_000
