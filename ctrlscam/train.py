@@ -212,7 +212,7 @@ def split_maps(network: Classifier, batches: Batches, device: torch.device, most
     maps = standardize_maps(torch.from_numpy(collect_maps(network, chosen, device=device)))
     return maps[:most].numpy().astype(np.float16)
 
-# %% ../nbs/10_train.ipynb #5b96788b
+
 def _save_array(path: Path, array: np.ndarray) -> None:
     """Write an array as .npy, whole or not at all."""
     buffer = io.BytesIO()
@@ -425,7 +425,7 @@ def check_inputs(config: Settings) -> pd.DataFrame:
         check_grid(build_student(probe, class_count(table)), one.image_size)
     return table
 
-
+# %% ../nbs/10_train.ipynb #5dfb3f83
 def _table_of(config: Settings, other: Settings, table: pd.DataFrame) -> pd.DataFrame:
     """The table of `config`, given that of `other`: mostly the same, but a teacher learns from images that are withheld from its student."""
     return table if select_groups(config, ("data",)) == select_groups(other, ("data",)) else load_table(config)
