@@ -207,7 +207,7 @@ def time_build(table: pd.DataFrame, config: Settings) -> dict[str, float]:
 
 # %% ../nbs/12_benchmark.ipynb #b07b97dc
 def time_input(config: Settings, *, rounds: int = 5, workers: tuple[int, ...] = (0, 2)) -> dict[str, Any]:
-    """Images a second of every way from disk to batches, for each number of loader processes, with torch on one thread.
+    """Images a second of every way from disk to batches, for each number of workers, with torch on one thread. Workers are processes of torch's loader for the ways one by one, threads for ours.
 
     Uses the training images of `config`, at most `max_images` (160 if not given). Returns a dictionary: `settings`, `build` (see `time_build`), `rows` (one a candidate and number of processes) and `environment`.
     """
@@ -229,13 +229,13 @@ def input_table(result: dict[str, Any]) -> pd.DataFrame:
     """The rows of `time_input` for reading: rates, multiples of the original with their range, share of the floor."""
     rows = pd.DataFrame(result["rows"])
     spread = [f"{low:.1f}–{high:.1f}" for low, high in zip(rows["ratio min"], rows["ratio max"])]
-    shown = pd.DataFrame({"processes": rows.workers, "way from disk to batch": rows.candidate, "images/s": rows["images/s"].round().astype(int),
+    shown = pd.DataFrame({"workers": rows.workers, "way from disk to batch": rows.candidate, "images/s": rows["images/s"].round().astype(int),
                           "× original": rows["times the reference"].round(1), "range": spread, "share of the floor": rows["share of the floor"].round(3)})
-    return shown.set_index(["processes", "way from disk to batch"])
+    return shown.set_index(["workers", "way from disk to batch"])
 
 # %% ../nbs/12_benchmark.ipynb #55c1ab57
 def input_figure(result: dict[str, Any]) -> Figure:
-    """Multiples of the original on a logarithmic axis: median as a dot, smallest to largest as a bar, one panel per number of loader processes."""
+    """Multiples of the original on a logarithmic axis: median as a dot, smallest to largest as a bar, one panel per number of workers."""
     rows = pd.DataFrame(result["rows"])
     groups = list(rows.groupby("workers", sort=False))
     with plt.rc_context(STYLE):
@@ -247,7 +247,7 @@ def input_figure(result: dict[str, Any]) -> Figure:
             ax.set_yticks(places, group.candidate)
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter("{x:g}")
-            ax.set_title("main process" if count == 0 else f"{count} loader processes", fontsize=9)
+            ax.set_title(f"{count or 'no'} workers", fontsize=9)
             ax.set_xlabel("images a second, original = 1")
             for place, value in zip(places, middle):
                 ax.annotate(f"{value:.1f}×", (value, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)

@@ -6,13 +6,15 @@
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PADDING', 'RAND_AUGMENT', 'RADIUS', 'SHARPNESS', 'Views', 'draw_views',
            'channel_statistics', 'copy_crop', 'random_state_of', 'deit_view', 'deit_centre', 'Crops', 'centre_views',
            'ViewDataset', 'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize', 'denormalize',
-           'erase', 'mix', 'Batch', 'finish_batch', 'Batches', 'make_batches']
+           'erase', 'mix', 'Batch', 'finish_batch', 'in_threads', 'Batches', 'make_batches']
 
 # %% ../nbs/02b_views.ipynb #05105eb1
 import contextlib
 import random
 import zlib
-from typing import Callable, Iterator, NamedTuple
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -62,15 +64,13 @@ def channel_statistics(augment: str) -> tuple[tuple[float, ...], tuple[float, ..
     return (CIFAR_MEAN, CIFAR_STD) if augment == "cifar" else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 # %% ../nbs/02b_views.ipynb #12b64d03
-def copy_crop(picture: np.ndarray, top: int, left: int, flip: bool, out: Tensor) -> None:
+def copy_crop(picture: np.ndarray, top: int, left: int, out: Tensor) -> None:
     """Copy the crop of a side×side×3 picture that starts at (top, left) into `out`, size×size×3 uint8; outside the picture it is black."""
     size, side = len(out), len(picture)
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + size, side), min(left + size, side)
     if (y1 - y0, x1 - x0) != (size, size):
         out.zero_()
     out.numpy()[y0 - top:y1 - top, x0 - left:x1 - left] = picture[y0:y1, x0:x1]
-    if flip:
-        out.copy_(out.flip(1))
 
 # %% ../nbs/02b_views.ipynb #6d5d9f35
 @contextlib.contextmanager
@@ -120,11 +120,12 @@ def deit_centre(picture: np.ndarray, width: int, height: int, size: int) -> np.n
 
 # %% ../nbs/02b_views.ipynb #ce9a2278
 class Crops(NamedTuple):
-    """What the loader delivers: images B×size×size×3 uint8, labels B, rows B, and the filters that are still to be applied."""
+    """What the loader delivers: images B×size×size×3 uint8, labels B, rows B, and what is still to be done to them."""
 
     images: Tensor
     labels: Tensor
     rows: Tensor
+    flip: Tensor      # B, bool
     blur: Tensor      # B, standard deviation in pixels, 0 for none
     sharpen: Tensor   # B, bool
 
@@ -154,17 +155,18 @@ class ViewDataset(Dataset):
 
     def views(self, epoch: int) -> Views:
         """The choices for all rows in an epoch, kept until another epoch is asked for."""
-        if self.drawn is None or self.drawn[0] != epoch:
-            margin, filters = self.side + 2 * self.padding - self.size, self.config.augment == "fgvc"
-            views = centre_views(len(self), margin) if epoch < 0 else draw_views(self.config.seed, epoch, len(self), margin, filters)
-            self.drawn = epoch, views
-        return self.drawn[1]
+        drawn = self.drawn  # read once: threads that ask for different epochs may change it in between
+        if drawn is None or drawn[0] != epoch:
+            margin, family = self.side + 2 * self.padding - self.size, self.config.augment
+            views = centre_views(len(self), margin) if epoch < 0 else draw_views(self.config.seed, epoch, len(self), margin, family == "fgvc")
+            drawn = self.drawn = epoch, views._replace(flip=views.flip & (family != "deit"))  # timm flips those
+        return drawn[1]
 
     def _fill(self, image: Tensor, epoch: int, row: int, views: Views) -> None:
         """Write the view of `row` into `image`, size×size×3."""
         picture = np.asarray(self.pictures[row])
         if self.sizes is None:
-            return copy_crop(picture, views.top[row] - self.padding, views.left[row] - self.padding, views.flip[row], image)
+            return copy_crop(picture, views.top[row] - self.padding, views.left[row] - self.padding, image)
         width, height = map(int, self.sizes[row])
         image.numpy()[:] = (deit_centre(picture, width, height, self.size) if epoch < 0 else
                             deit_view(picture, width, height, self.size, (self.config.seed, epoch, row)))
@@ -175,7 +177,8 @@ class ViewDataset(Dataset):
         images = torch.from_numpy(np.empty((len(rows), self.size, self.size, 3), np.uint8))  # NumPy maps large pages: fewer faults than torch.empty
         for image, row in zip(images, rows):
             self._fill(image, epoch, row, views)
-        return Crops(images, self.labels[rows], torch.tensor(rows), torch.from_numpy(views.blur[rows]), torch.from_numpy(views.sharpen[rows]))
+        choices = (torch.from_numpy(values[rows]) for values in (views.flip, views.blur, views.sharpen))
+        return Crops(images, self.labels[rows], torch.tensor(rows), *choices)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Crops:
         return self.crops(keys[0][0], [row for _, row in keys])
@@ -242,8 +245,10 @@ def _change(images_BHWC: Tensor, chosen_B: Tensor, function: Callable[[Tensor], 
             images_BHWC[place] = image
 
 
-def apply_filters(images_BHWC: Tensor, blur_B: Tensor, sharpen_B: Tensor) -> Tensor:
-    """Blur and sharpen the images that were chosen for it, in place. `blur_B` and `sharpen_B` stay on the CPU, so nothing waits for the device."""
+def apply_filters(images_BHWC: Tensor, flip_B: Tensor, blur_B: Tensor, sharpen_B: Tensor) -> Tensor:
+    """Flip, blur and sharpen the images that were chosen for it, in place. The choices stay on the CPU, so nothing waits for the device."""
+    for place in flip_B.nonzero().flatten().tolist():
+        images_BHWC[place] = images_BHWC[place].flip(1)
     blurred = blur_B > 0
     _change(images_BHWC, blurred & ~sharpen_B, lambda some: gaussian_blur(some, blur_B[blurred & ~sharpen_B]))
     for place in (blurred & sharpen_B).nonzero().flatten().tolist():
@@ -300,7 +305,7 @@ def finish_batch(crops: Crops, epoch: int, device: torch.device | str, config: S
     """Crops as a batch on `device`: filtered, normalised and, in training, erased and mixed as the settings say."""
     key = (config.seed, epoch)
     images, labels, rows = (tensor.to(device, non_blocking=True) for tensor in crops[:3])
-    images = normalize(apply_filters(images, crops.blur, crops.sharpen), *channel_statistics(config.augment))
+    images = normalize(apply_filters(images, crops.flip, crops.blur, crops.sharpen), *channel_statistics(config.augment))
     if epoch >= 0 and config.erasing:
         images = erase(images, config.erasing, [(*key, row) for row in crops.rows.tolist()])
     if epoch < 0 or not (config.mixup or config.cutmix):
@@ -309,6 +314,20 @@ def finish_batch(crops: Crops, epoch: int, device: torch.device | str, config: S
     return Batch(images, targets.argmax(1), rows, targets)
 
 # %% ../nbs/02b_views.ipynb #9d058a21
+def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int, ahead: int) -> Iterator:
+    """`function` of every item, in order, computed by `workers` threads up to `ahead` items before it is asked for."""
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _as_delivered(crops: Crops) -> Crops:
     """In the place of torch's collation: the data set delivers whole batches already."""
     return crops
@@ -318,19 +337,27 @@ class Batches:
     """Batches of one split. `batches(epoch, device)` iterates over training views of that epoch; epoch −1 over test views in row order."""
 
     def __init__(self, dataset: ViewDataset, rows: np.ndarray, config: Settings, classes: int) -> None:
-        self.config, self.classes = config, classes
+        self.dataset, self.config, self.classes = dataset, config, classes
         self.sampler = BatchSampler(rows, config.batch_size, config.seed)
-        ahead = dict(prefetch_factor=config.prefetch, persistent_workers=True) if config.workers else {}
-        self.loader = DataLoader(dataset, batch_sampler=self.sampler, num_workers=config.workers, collate_fn=_as_delivered, generator=torch.Generator(),
-                                 pin_memory=torch.cuda.is_available() and config.device in ("auto", "cuda"), **ahead)
+        self.pin = torch.cuda.is_available() and config.device in ("auto", "cuda")
+        processes = config.workers if config.augment == "deit" else 0
+        ahead = dict(prefetch_factor=config.prefetch, persistent_workers=True) if processes else {}
+        self.loader = DataLoader(dataset, batch_sampler=self.sampler, num_workers=processes, collate_fn=_as_delivered, generator=torch.Generator(),
+                                 pin_memory=self.pin, **ahead)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def crops(self, epoch: int = -1) -> Iterator[Crops]:
         """What the loader delivers, on the CPU."""
-        self.sampler.epoch = epoch
+        self.sampler.epoch, workers = epoch, self.config.workers
+        if workers and self.config.augment != "deit":
+            return in_threads(self._load, iter(self.sampler), workers, workers * self.config.prefetch)
         return iter(self.loader)
+
+    def _load(self, keys: list[tuple[int, int]]) -> Crops:
+        crops = self.dataset.__getitems__(keys)
+        return crops._replace(images=crops.images.pin_memory()) if self.pin else crops
 
     def __call__(self, epoch: int = -1, device: torch.device | str = "cpu") -> Iterator[Batch]:
         for crops in self.crops(epoch):
