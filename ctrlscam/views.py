@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PADDING', 'RAND_AUGMENT', 'RADIUS', 'SHARPNESS', 'Views', 'draw_views',
            'channel_statistics', 'copy_crop', 'random_state_of', 'deit_view', 'deit_centre', 'Crops', 'centre_views',
-           'ViewDataset', 'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize', 'denormalize',
-           'erase', 'mix', 'Batch', 'finish_batch', 'in_threads', 'Batches', 'make_batches']
+           'epoch_views', 'ViewDataset', 'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize',
+           'denormalize', 'erase', 'mix', 'Batch', 'finish_batch', 'in_threads', 'Batches', 'make_batches']
 
 # %% ../nbs/02b_views.ipynb #05105eb1
 import contextlib
@@ -135,6 +135,14 @@ def centre_views(count: int, margin: int) -> Views:
     middle, nothing = np.full(count, margin // 2), np.zeros(count, bool)
     return Views(middle, middle, nothing, np.zeros(count, np.float32), nothing)
 
+
+def epoch_views(config: Settings, epoch: int, count: int, margin: int) -> Views:
+    """The views of rows 0…count−1 in `epoch` as the settings want them; epoch −1 gives test views."""
+    if epoch < 0:
+        return centre_views(count, margin)
+    views = draw_views(config.seed, epoch, count, margin, filters=config.augment == "fgvc")
+    return views._replace(flip=views.flip & (config.augment != "deit"))  # deit views are flipped where they are made
+
 # %% ../nbs/02b_views.ipynb #1e085428
 class ViewDataset(Dataset):
     """Views of the pictures of a table. `dataset.crops(epoch, rows)` is a batch of them; epoch −1 gives test views. Raises DataError for damaged images."""
@@ -157,9 +165,7 @@ class ViewDataset(Dataset):
         """The choices for all rows in an epoch, kept until another epoch is asked for."""
         drawn = self.drawn  # read once: threads that ask for different epochs may change it in between
         if drawn is None or drawn[0] != epoch:
-            margin, family = self.side + 2 * self.padding - self.size, self.config.augment
-            views = centre_views(len(self), margin) if epoch < 0 else draw_views(self.config.seed, epoch, len(self), margin, family == "fgvc")
-            drawn = self.drawn = epoch, views._replace(flip=views.flip & (family != "deit"))  # timm flips those
+            drawn = self.drawn = epoch, epoch_views(self.config, epoch, len(self), self.side + 2 * self.padding - self.size)
         return drawn[1]
 
     def _fill(self, image: Tensor, epoch: int, row: int, views: Views) -> None:
@@ -327,7 +333,7 @@ def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int, ah
     finally:
         pool.shutdown(cancel_futures=True)
 
-
+# %% ../nbs/02b_views.ipynb #a062134c
 def _as_delivered(crops: Crops) -> Crops:
     """In the place of torch's collation: the data set delivers whole batches already."""
     return crops

@@ -475,7 +475,7 @@ def encrypted_zip():
 HOSTILE = {
     "tar with ../x": (lambda: tar_bytes({"good.txt": b"", "../x": b"evil"}), "leads out of its folder"),
     "tar with a/../../x": (lambda: tar_bytes({"a/../../x": b"evil"}), "leads out of its folder"),
-    "absolute path": (lambda: tar_bytes({"/tmp/ctrlscam-evil": b"evil"}), "leads out of its folder"),
+    "absolute path": (lambda: tar_bytes({"/var/ctrlscam-evil": b"evil"}), "leads out of its folder"),
     "symbolic link out of the root": (lambda: special("link", tarfile.SYMTYPE, "../../etc"), "a link or a special file"),
     "symbolic link inside": (lambda: special("link", tarfile.SYMTYPE, "good.txt"), "a link or a special file"),
     "hard link out of the root": (lambda: special("link", tarfile.LNKTYPE, "/etc/passwd"), "a link or a special file"),
@@ -494,7 +494,7 @@ HOSTILE = {
     "line break in a name": (lambda: tar_bytes({"a\nb": b""}), "not allowed"),
     "zip slip": (lambda: zip_bytes(("good.txt", b""), ("../x", b"evil")), "leads out of its folder"),
     "zip slip with backslash": (lambda: zip_bytes(("..\\x", b"evil")), "not allowed"),
-    "zip with absolute path": (lambda: zip_bytes(("/tmp/ctrlscam-evil", b"evil")), "leads out of its folder"),
+    "zip with absolute path": (lambda: zip_bytes(("/var/ctrlscam-evil", b"evil")), "leads out of its folder"),
     "zip bomb": (lambda: zip_bytes(("zeros", bytes(200 << 20))), "far more than a data set"),
     "zip with a link": (lambda: zip_bytes((zip_info("link", stat.S_IFLNK | 0o777), b"/etc/passwd")), "a link or a special file"),
     "zip with a pipe": (lambda: zip_bytes((zip_info("pipe", stat.S_IFIFO | 0o644), b"")), "a link or a special file"),
@@ -520,7 +520,7 @@ def test_fault_29_hostile_archive(tmp_path, name):
     assert time.monotonic() - began < 10
     assert process.memory_info().rss - before < 100 << 20
     assert lies_in(tmp_path) == ["bad.archive"] and not list((tmp_path / "inside").iterdir())
-    assert not Path("/tmp/ctrlscam-evil").exists()
+    assert not Path("/var/ctrlscam-evil").exists()
 
 
 def test_good_archives_of_all_kinds(tmp_path):
