@@ -31,7 +31,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Iterator, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-import numpy as np
 import pandas as pd
 import requests
 import urllib3

@@ -6,15 +6,13 @@
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PADDING', 'RAND_AUGMENT', 'RADIUS', 'SHARPNESS', 'Views', 'draw_views',
            'channel_statistics', 'copy_crop', 'random_state_of', 'deit_view', 'deit_centre', 'Crops', 'centre_views',
            'epoch_views', 'ViewDataset', 'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize',
-           'denormalize', 'erase', 'mix', 'Batch', 'finish_batch', 'in_threads', 'Batches', 'make_batches']
+           'denormalize', 'erase', 'mix', 'Batch', 'finish_batch', 'Batches', 'make_batches']
 
 # %% ../nbs/02b_views.ipynb #05105eb1
 import contextlib
 import random
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,7 +28,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from .config import Settings
 from .data import class_count
-from .images import centre_crop, image_sizes, open_pictures, picture_side
+from .images import centre_crop, image_sizes, in_threads, open_pictures, picture_side
 
 # %% ../nbs/02b_views.ipynb #50358c60
 class Views(NamedTuple):
@@ -320,20 +318,6 @@ def finish_batch(crops: Crops, epoch: int, device: torch.device | str, config: S
     return Batch(images, targets.argmax(1), rows, targets)
 
 # %% ../nbs/02b_views.ipynb #9d058a21
-def in_threads(function: Callable[[Any], Any], items: Iterable, workers: int, ahead: int) -> Iterator:
-    """`function` of every item, in order, computed by `workers` threads up to `ahead` items before it is asked for."""
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-# %% ../nbs/02b_views.ipynb #a062134c
 def _as_delivered(crops: Crops) -> Crops:
     """In the place of torch's collation: the data set delivers whole batches already."""
     return crops

@@ -296,7 +296,7 @@ def test_fault_22_the_limit_does_not_hang_on_pillows_switch(tmp_path, monkeypatc
 
 
 def test_fault_23_names_links_and_things_that_are_no_files(tmp_path):
-    content, picture = png(noise(4, 5, 3), 2), None
+    content = png(noise(4, 5, 3), 2)
     outside = tmp_path / "elsewhere" / "original.png"
     outside.parent.mkdir()
     outside.write_bytes(content)
