@@ -142,3 +142,37 @@ def test_a_loader_that_is_not_forked_gets_no_pixels(photos):
     config = Settings(**TINY, **photos, image_size=48)
     dataset = ViewDataset(load_table(config), config)
     assert dataset.pictures.nbytes > 100_000 and len(ForkingPickler.dumps(dataset)) < 40_000
+
+
+@pytest.fixture
+def joint(tmp_path):
+    """Two small sets of image files in their owners' forms, 3 classes each, to be joined: CUB and FoodX."""
+    rng, cub, food = np.random.default_rng(0), tmp_path / "CUB_200_2011", tmp_path / "foodx251"
+
+    def picture(path, colour):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((rng.integers(0, 60, (50, 60, 3)) + 30 * colour).astype(np.uint8)).save(path)
+
+    names = {k: f"{k:03}.Bird_{k}" for k in (1, 2, 3)}
+    rows = [(number, 1 + number % 3, number // 3 % 2) for number in range(36)]
+    for number, k, _ in rows:
+        picture(cub / "images" / names[k] / f"{number}.jpg", k)
+    texts = {"classes": [f"{k} {name}" for k, name in names.items()], "images": [f"{n + 1} {names[k]}/{n}.jpg" for n, k, _ in rows],
+             "image_class_labels": [f"{n + 1} {k}" for n, k, _ in rows], "train_test_split": [f"{n + 1} {train}" for n, _, train in rows],
+             "bounding_boxes": [f"{n + 1} 1.0 1.0 40.0 40.0" for n, _, _ in rows]}
+    for name, lines in texts.items():
+        (cub / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    for part in ("train", "val"):
+        for number in range(18):
+            picture(food / f"{part}_set" / f"{part}_{number}.jpg", 4 + number % 3)
+        (food / "annot").mkdir(exist_ok=True)
+        (food / "annot" / f"{part}_info.csv").write_text("".join(f"{part}_{number}.jpg,{number % 3}\n" for number in range(18)))
+    return dict(dataset="cub200+foodx251", data_dir=str(tmp_path))
+
+
+def test_training_on_a_joint_set(joint, tmp_path):
+    config = Settings(**TINY, **joint, image_size=48, method="kd", methods="kd", epochs=1, baseline_epochs=1, teacher_epochs=1, output_dir=str(tmp_path / "outputs"))
+    record = distill(config)
+    assert (record.data["classes"], record.picked.n, record.data["train"] + record.data["val"]) == (6, 36, 36)
+    table = load_table(config)
+    assert table.groupby(table.path.str.split("/").str[0]).label.agg(["min", "max"]).values.tolist() == [[0, 2], [3, 5]]
