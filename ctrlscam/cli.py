@@ -7,9 +7,7 @@ __all__ = ['PLAIN', 'app', 'data', 'Name', 'DataDir', 'Sources', 'AsJson', 'list
 
 # %% ../nbs/14_cli.ipynb #76148832
 import json
-import os
 import sys
-import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Iterator, Optional
@@ -80,13 +78,6 @@ def get_command(name: Name, data_dir: DataDir = Path("data"), sources: Sources =
             typer.echo(f"{folder} is complete")
 
 # %% ../nbs/14_cli.ipynb #9f11e0dc
-def _write_lines(file: Path, lines: list[str]) -> None:
-    """Write a text file so that it is either the old or the new one."""
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(draft, file)
-
-
 @data.command("check")
 def check_command(name: Name, data_dir: DataDir = Path("data"), sources: Sources = None, as_json: AsJson = False,
                   quick: Annotated[bool, typer.Option("--quick", help="files and counts only, no decoding")] = False,
@@ -96,9 +87,10 @@ def check_command(name: Name, data_dir: DataDir = Path("data"), sources: Sources
         raise typer.BadParameter("damaged images are found by decoding, so --damaged does not go with --quick")
     with _one_message():
         from ctrlscam.download import check_dataset, read_sources
+        from ctrlscam.images import write_bytes
         report = check_dataset(name, data_dir, images=not quick, sources=read_sources(sources), progress=_progress())
         if damaged is not None:
-            _write_lines(damaged, list(report.damaged or {}))
+            write_bytes(damaged, "".join(f"{path}\n" for path in report.damaged or {}).encode())
     typer.echo(json.dumps({**report.model_dump(), "verdict": report.verdict}, indent=2, ensure_ascii=False, default=str) if as_json else report.as_text())
     if report.verdict != "complete":
         raise typer.Exit(1)

@@ -35,9 +35,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .evaluate import Interval
+from .images import write_bytes
 from .maps import effective_area, map_agreement, squash_maps, standardize_maps
 from .methods import METHODS
-from .records import write_bytes
 
 # %% ../nbs/11_figures.ipynb #a4181601
 STYLE: dict[str, Any] = {

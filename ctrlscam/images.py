@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMATS', 'INVENTORY', 'NEAR', 'SAMPLE', 'FEW', 'decode_image', 'picture_side', 'in_threads',
-           'take_inventory', 'describe_pictures', 'overlap', 'FilePictures', 'ResizedPictures', 'open_pictures',
-           'image_sizes', 'verify_copy', 'centre_crop', 'part_masks']
+           'write_bytes', 'take_inventory', 'describe_pictures', 'overlap', 'FilePictures', 'ResizedPictures',
+           'open_pictures', 'image_sizes', 'verify_copy', 'centre_crop', 'part_masks']
 
 # %% ../nbs/02a_images.ipynb #a8276d2e
 import hashlib
@@ -196,16 +196,16 @@ def _examine(root: Path, path: str) -> tuple[dict, Image.Image | None]:
         return row | dict(error=str(error)), None
 
 # %% ../nbs/02a_images.ipynb #d65a800b
-def _write_json(file: Path, content: dict) -> None:
-    """Write under a temporary name, flush to disk, rename into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{uuid.uuid4().hex}.part")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` into `path` so that a crash leaves the old file or the new one. Creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            json.dump(content, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -253,7 +253,7 @@ def _remember(root: Path, rows: Iterable[dict], cache_dir: Path | None) -> None:
     known = {values[0]: values for values in notes["rows"]} | {row["path"]: [row[name] for name in INVENTORY] for row in rows if row["sha256"]}
     with suppress(OSError):  # notes are a convenience
         if list(known.values()) != notes["rows"]:
-            _write_json(file, dict(version=1, pillow=PIL.__version__, columns=list(INVENTORY), rows=list(known.values())))
+            write_bytes(file, json.dumps(dict(version=1, pillow=PIL.__version__, columns=list(INVENTORY), rows=list(known.values()))).encode())
 
 # %% ../nbs/02a_images.ipynb #e1aec4aa
 def _as_inventory(rows: Iterable[dict]) -> pd.DataFrame:
@@ -383,7 +383,7 @@ def _open_copy(copy: _Copy, *, sample: int = SAMPLE) -> tuple[np.ndarray, dict] 
     if pictures is not None and not _altered(pictures, index["checksums"], np.unique(np.linspace(0, len(rows) - 1, sample, dtype=int))):
         with suppress(OSError):  # the same content with new times: worth a note, not a failure
             if rows != index["rows"]:
-                _write_json(copy.index, index | {"rows": rows})
+                write_bytes(copy.index, json.dumps(index | {"rows": rows}).encode())
         return pictures, index
     warnings.warn(f"{array} is missing, cut short or altered; it is built anew")
     return None
@@ -440,8 +440,8 @@ def _build_copy(copy: _Copy, dataset: str, *, workers: int | None = None) -> Non
         checksums, sources = [row["checksum"] for row in rows], [{name: row[name] for name in ("path", "bytes", "mtime_ns", "sha256")} for row in rows]
         array = f"{copy.index.stem}-{identity_hash({'checksums': checksums})}.npy"
         os.replace(part, copy.folder / array)
-        _write_json(copy.index, dict(version=1, pillow=PIL.__version__, side=copy.side, interpolation=copy.interpolation, array=array,
-                                     paths=copy.paths, rows=sources, checksums=checksums))
+        write_bytes(copy.index, json.dumps(dict(version=1, pillow=PIL.__version__, side=copy.side, interpolation=copy.interpolation, array=array,
+                                     paths=copy.paths, rows=sources, checksums=checksums)).encode())
         _tidy(copy, array)
     except OSError as error:
         raise DataError(f"{copy.folder}: the decoded copy cannot be written: {error}. Make room, or pass `-p cache_gigabytes 0`") from None

@@ -37,12 +37,12 @@ from tqdm import tqdm
 from .config import Settings, baseline_settings, identity_hash, project_root, select_groups, teacher_settings
 from .data import class_count, load_table
 from .evaluate import Predictions, collect_maps, evaluate_model, map_quality, mcnemar, paired_bootstrap, predictions_table, summary
-from .images import part_masks
+from .images import part_masks, write_bytes
 from .maps import map_agreement, squash_maps, standardize_maps
 from .methods import find_method, starts_from_baseline
 from .models import Classifier, check_grid, count_parameters, freeze_batchnorm
 from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
-                              table_runs, write_bytes, write_json, write_record)
+                              table_runs, write_json, write_record)
 from .views import Batch, Batches, ViewDataset, make_batches
 
 # %% ../nbs/10_train.ipynb #a4ae39de
