@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PADDING', 'RAND_AUGMENT', 'RADIUS', 'SHARPNESS', 'Views', 'draw_views',
            'channel_statistics', 'copy_crop', 'random_state_of', 'deit_view', 'deit_centre', 'Crops', 'centre_views',
-           'epoch_views', 'ViewDataset', 'epoch_batches', 'BatchSampler', 'gaussian_blur', 'apply_filters', 'normalize',
-           'denormalize', 'erase', 'mix', 'Batch', 'finish_batch', 'Batches', 'make_batches']
+           'epoch_views', 'ViewDataset', 'epoch_batches', 'cut_batch', 'BatchSampler', 'gaussian_blur', 'apply_filters',
+           'normalize', 'denormalize', 'erase', 'mix', 'Batch', 'finish_batch', 'Batches', 'make_batches']
 
 # %% ../nbs/02b_views.ipynb #05105eb1
 import contextlib
@@ -27,7 +27,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
 from .config import Settings
-from .data import class_count
+from .data import class_count, first_five
 from .images import centre_crop, image_sizes, in_threads, open_pictures, picture_side
 
 # %% ../nbs/02b_views.ipynb #50358c60
@@ -138,7 +138,7 @@ def epoch_views(config: Settings, epoch: int, count: int, margin: int) -> Views:
     """The views of rows 0…count−1 in `epoch` as the settings want them; epoch −1 gives test views."""
     if epoch < 0:
         return centre_views(count, margin)
-    views = draw_views(config.seed, epoch, count, margin, filters=config.augment == "fgvc")
+    views = draw_views(config.view_seed, epoch, count, margin, filters=config.augment == "fgvc")
     return views._replace(flip=views.flip & (config.augment != "deit"))  # deit views are flipped where they are made
 
 # %% ../nbs/02b_views.ipynb #1e085428
@@ -173,7 +173,7 @@ class ViewDataset(Dataset):
             return copy_crop(picture, views.top[row] - self.padding, views.left[row] - self.padding, image)
         width, height = map(int, self.sizes[row])
         image.numpy()[:] = (deit_centre(picture, width, height, self.size) if epoch < 0 else
-                            deit_view(picture, width, height, self.size, (self.config.seed, epoch, row)))
+                            deit_view(picture, width, height, self.size, (self.config.view_seed, epoch, row)))
 
     def crops(self, epoch: int, rows: list[int]) -> Crops:
         """The views of `rows` in `epoch`, not yet filtered."""
@@ -197,22 +197,36 @@ def epoch_batches(rows: np.ndarray, batch_size: int, seed: int, epoch: int) -> l
     return np.split(order, cuts)
 
 
+def cut_batch(batch: np.ndarray, parts: int) -> list[np.ndarray]:
+    """A batch as `parts` consecutive parts of nearly one size, each of two images or more as long as there are that many; the last ones may be empty."""
+    filled = max(1, min(parts, len(batch) // 2))
+    return [*np.array_split(batch, filled), *[batch[:0]] * (parts - filled)]
+
+# %% ../nbs/02b_views.ipynb #3aee094e
 class BatchSampler(Sampler):
-    """Batches of (epoch, row) keys. Set `epoch` before iterating; −1 goes through the rows in order, as test views."""
+    """The (epoch, row) keys of each batch that one process loads. Set `epoch` and `first_step` before iterating; epoch −1 goes through the rows in order, as test views.
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = np.asarray(rows), batch_size, seed, -1
+    `share` is (rank, number of processes). In training, batches are cut into `parts`, of which each process takes its share.
+    """
 
-    def _batches(self) -> list[np.ndarray]:
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, parts: int = 1, share: tuple[int, int] = (0, 1)) -> None:
+        self.rows, self.batch_size, self.seed, self.parts, self.share = np.asarray(rows), batch_size, seed, parts, share
+        self.epoch, self.first_step = -1, 0
+
+    def steps(self) -> list[list[np.ndarray]]:
+        """The rows of this process's parts of each step, from `first_step` on; parts may be empty."""
+        rank, world = self.share
         if self.epoch < 0:
-            return np.split(self.rows, range(self.batch_size, len(self.rows), self.batch_size))
-        return epoch_batches(self.rows, self.batch_size, self.seed, self.epoch)
+            return [[batch] for batch in np.split(self.rows, range(self.batch_size, len(self.rows), self.batch_size))[rank::world]]
+        batches = epoch_batches(self.rows, self.batch_size, self.seed, self.epoch)[self.first_step:]
+        mine = slice(rank * self.parts // world, (rank + 1) * self.parts // world)
+        return [cut_batch(batch, self.parts)[mine] for batch in batches]
 
     def __len__(self) -> int:
-        return len(self._batches())
+        return sum(len(part) > 0 for step in self.steps() for part in step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter([[(self.epoch, int(row)) for row in batch] for batch in self._batches()])
+        return iter([[(self.epoch, int(row)) for row in part] for step in self.steps() for part in step if len(part)])
 
 # %% ../nbs/02b_views.ipynb #06e7bfc1
 RADIUS = 2  # of the blur: kernel size 5
@@ -297,17 +311,18 @@ def mix(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: floa
 
 # %% ../nbs/02b_views.ipynb #5758cc29
 class Batch(NamedTuple):
-    """Normalised images B×3×H×W, labels B, row numbers B, and class shares B×K where images were mixed."""
+    """Normalised images B×3×H×W, labels B, row numbers B, class shares B×K where images were mixed, and its own share of the images of the step."""
 
     images: Tensor
     labels: Tensor
     rows: Tensor
     targets: Tensor | None = None
+    share: float = 1.0
 
 
 def finish_batch(crops: Crops, epoch: int, device: torch.device | str, config: Settings, classes: int) -> Batch:
     """Crops as a batch on `device`: filtered, normalised and, in training, erased and mixed as the settings say."""
-    key = (config.seed, epoch)
+    key = (config.view_seed, epoch)
     images, labels, rows = (tensor.to(device, non_blocking=True) for tensor in crops[:3])
     images = normalize(apply_filters(images, crops.flip, crops.blur, crops.sharpen), *channel_statistics(config.augment))
     if epoch >= 0 and config.erasing:
@@ -324,11 +339,14 @@ def _as_delivered(crops: Crops) -> Crops:
 
 
 class Batches:
-    """Batches of one split. `batches(epoch, device)` iterates over training views of that epoch; epoch −1 over test views in row order."""
+    """Batches of one split. `batches(epoch, device)` iterates over training views of that epoch; epoch −1 over test views in row order.
 
-    def __init__(self, dataset: ViewDataset, rows: np.ndarray, config: Settings, classes: int) -> None:
+    `share` is (rank, number of processes): each process gets its own part of the batches.
+    """
+
+    def __init__(self, dataset: ViewDataset, rows: np.ndarray, config: Settings, classes: int, share: tuple[int, int] = (0, 1)) -> None:
         self.dataset, self.config, self.classes = dataset, config, classes
-        self.sampler = BatchSampler(rows, config.batch_size, config.seed)
+        self.sampler = BatchSampler(rows, config.batch_size, config.view_seed, config.accumulate, share)
         self.pin = torch.cuda.is_available() and config.device in ("auto", "cuda")
         processes = config.workers if config.augment == "deit" else 0
         ahead = dict(prefetch_factor=config.prefetch, persistent_workers=True) if processes else {}
@@ -336,14 +354,24 @@ class Batches:
                                  pin_memory=self.pin, **ahead)
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        """Steps of a training epoch."""
+        return len(epoch_batches(self.sampler.rows, self.sampler.batch_size, 0, 0))
 
-    def crops(self, epoch: int = -1) -> Iterator[Crops]:
-        """What the loader delivers, on the CPU."""
-        self.sampler.epoch, workers = epoch, self.config.workers
+    def crops(self, epoch: int = -1, first_step: int = 0) -> Iterator[Crops]:
+        """What the loader delivers, on the CPU. Raises RuntimeError that names the images if a loader process dies."""
+        self.sampler.epoch, self.sampler.first_step, workers = epoch, first_step, self.config.workers
         if workers and self.config.augment != "deit":
             return in_threads(self._load, iter(self.sampler), workers, workers * self.config.prefetch)
-        return iter(self.loader)
+        return self._from_processes() if workers else iter(self.loader)
+
+    def _from_processes(self) -> Iterator[Crops]:
+        arriving = iter(self.loader)
+        for keys in list(self.sampler):
+            try:
+                yield next(arriving)
+            except RuntimeError as error:
+                paths = self.dataset.table.path.iloc[[row for _, row in keys]].tolist()
+                raise RuntimeError(f"a loader process stopped before it had made the views of {first_five(paths)}: {error}") from None
 
     def _load(self, keys: list[tuple[int, int]]) -> Crops:
         crops = self.dataset.__getitems__(keys)
@@ -353,8 +381,15 @@ class Batches:
         for crops in self.crops(epoch):
             yield finish_batch(crops, epoch, device, self.config, self.classes)
 
+    def steps(self, epoch: int, device: torch.device | str = "cpu", first_step: int = 0) -> Iterator[list[Batch]]:
+        """This process's parts of each training step of `epoch`, from `first_step` on; the list of a step may be empty."""
+        arriving = self.crops(epoch, first_step)
+        images = [len(batch) for batch in epoch_batches(self.sampler.rows, self.sampler.batch_size, self.sampler.seed, epoch)]
+        for parts, count in zip(self.sampler.steps(), images[first_step:]):
+            yield [finish_batch(next(arriving), epoch, device, self.config, self.classes)._replace(share=len(part) / count) for part in parts if len(part)]
 
-def make_batches(table: pd.DataFrame, config: Settings) -> dict[str, Batches]:
-    """`Batches` for train, val and test over one shared `ViewDataset`."""
+
+def make_batches(table: pd.DataFrame, config: Settings, share: tuple[int, int] = (0, 1)) -> dict[str, Batches]:
+    """`Batches` for train, val and test over one shared `ViewDataset`; `share` is (rank, number of processes)."""
     dataset = ViewDataset(table, config)
-    return {split: Batches(dataset, np.flatnonzero(table.split == split), config, class_count(table)) for split in ("train", "val", "test")}
+    return {split: Batches(dataset, np.flatnonzero(table.split == split), config, class_count(table), share) for split in ("train", "val", "test")}
