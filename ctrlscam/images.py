@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMATS', 'INVENTORY', 'NEAR', 'SAMPLE', 'FEW', 'decode_image', 'picture_side', 'in_threads',
-           'write_bytes', 'take_inventory', 'describe_pictures', 'overlap', 'FilePictures', 'ResizedPictures',
-           'open_pictures', 'image_sizes', 'verify_copy', 'centre_crop', 'part_masks']
+           'free_bytes', 'write_bytes', 'take_inventory', 'describe_pictures', 'overlap', 'FilePictures',
+           'ResizedPictures', 'open_pictures', 'image_sizes', 'verify_copy', 'centre_crop', 'part_masks']
 
 # %% ../nbs/02a_images.ipynb #a8276d2e
 import hashlib
@@ -196,20 +196,32 @@ def _examine(root: Path, path: str) -> tuple[dict, Image.Image | None]:
         return row | dict(error=str(error)), None
 
 # %% ../nbs/02a_images.ipynb #d65a800b
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written where `folder` is or would be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir())).free
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put `content` into `path` so that a crash leaves the old file or the new one. Creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Put `content` into `path` so that a crash or an error leaves the old file or the new one. Creates the folder.
+
+    Raises OSError that names the path, the bytes needed and the bytes free.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        free = f"{len(content):,} bytes are needed, {free_bytes(path.parent):,} are free"
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror}): {free}") from None
 
-
+# %% ../nbs/02a_images.ipynb #21ea28ee
 def _read_json(file: Path, **expected: Any) -> dict | None:
     """The content of `file` if it is JSON that holds every `expected` value, else None."""
     try:

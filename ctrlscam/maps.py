@@ -31,22 +31,27 @@ def _check_features(features: Tensor, weight: Tensor) -> None:
             f"features must be B×C×H×W and weight K×C with the same C, got {tuple(features.shape)} and {tuple(weight.shape)}; "
             "pass the last convolutional features and the weight of the linear layer that reads them")
 
-def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
-    "Stop unless there is one label per image, each in 0…K−1. Labels on a GPU are not read, which would make the host wait."
+def _class_rows(weight: Tensor, labels: Tensor, batch: int) -> Tensor:
+    "The row of each image's label, B×1×C. Stop unless there is one label per image, each in 0…K−1."
     if labels.shape != (batch,):
         raise ValueError(f"labels must be one class index per image, shape ({batch},), got {tuple(labels.shape)}")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if wrong.numel():
-        raise ValueError(f"labels {sorted(set(wrong.tolist()))[:5]} lie outside 0…{num_classes - 1}; "
-                         f"the classifier has {num_classes} classes and labels count from 0")
+    try:
+        return F.embedding(labels[:, None], weight)
+    except IndexError as error:
+        wrong = sorted({label for label in labels.tolist() if not 0 <= label < len(weight)})
+        raise ValueError(f"labels {wrong[:5]} lie outside 0…{len(weight) - 1}; "
+                         f"the classifier has {len(weight)} classes and labels count from 0") from error
 
 # %% ../nbs/04_maps.ipynb #11bbbece
-def _contract(rows_BC: Tensor, features_BCN: Tensor) -> Tensor:
-    "Weighted sum of the channels, one weight row per image: B×N."
+def _contract(rows_B1C: Tensor, features_BCN: Tensor) -> Tensor:
+    "Weighted sum of the channels, one weight row per image: B×1×N."
     with _no_autocast(features_BCN):
-        return torch.bmm(rows_BC[:, None], features_BCN)[:, 0]                    # B×1×C · B×C×N
+        return torch.bmm(rows_B1C, features_BCN)                                  # B×1×C · B×C×N
+
+def _class_map(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    "The map of each image's label on the flattened grid, B×1×N."
+    _check_features(features, weight)
+    return _contract(_class_rows(full_precision(weight), labels, len(features)), full_precision(features).flatten(2))
 
 def class_activation_map(features: Tensor,  # B×C×H×W last convolutional features
                          weight: Tensor,  # K×C weight of the linear classifier
@@ -57,11 +62,7 @@ def class_activation_map(features: Tensor,  # B×C×H×W last convolutional feat
     Differentiable in features and weight. Raises ValueError on shapes that do not fit and, for labels on the CPU,
     on labels out of range. Source: Zhou et al., CVPR 2016.
     """
-    _check_features(features, weight)
-    _check_labels(labels, len(features), len(weight))
-    features, weight = full_precision(features), full_precision(weight)
-    rows_BC = F.embedding(labels, weight)
-    return _contract(rows_BC, features.flatten(2)).unflatten(1, features.shape[2:])
+    return _class_map(features, weight, labels).view(len(features), *features.shape[2:])
 
 # %% ../nbs/04_maps.ipynb #32a199c0
 def class_activation_maps(features: Tensor,  # B×C×H×W
@@ -78,39 +79,48 @@ def class_activation_maps(features: Tensor,  # B×C×H×W
     return maps_BKN.unflatten(2, features.shape[2:])
 
 # %% ../nbs/04_maps.ipynb #5a896faf
+_EPS = 1e-5
+
 class _Standardize(torch.autograd.Function):
-    "Zero mean and unit unbiased std over the last two axes, with the gradient above: 6 operations where autograd takes 20."
+    "`scale` times the maps with zero mean and unit unbiased std over the last two axes, in the given shape; the gradient is the one above."
 
     @staticmethod
-    def forward(ctx, maps, eps):
-        ctx.degrees = max(maps.shape[-2] * maps.shape[-1] - 1, 1)                 # N − 1; one cell counts as constant
-        mean = maps.mean((-2, -1), keepdim=True)
-        centred = maps - mean
-        std = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True) / math.sqrt(ctx.degrees)
-        std = std.masked_fill(std <= eps * mean.abs(), math.inf)
-        standardized = centred / std
-        ctx.save_for_backward(standardized, std)
-        return standardized
+    def forward(ctx, maps, eps, scale, shape):
+        cells = maps.shape[-2] * maps.shape[-1]
+        ctx.divisor = max(cells - 1, 1) * scale**2                                # one cell counts as constant
+        std, mean = torch.std_mean(maps, (-2, -1), correction=cells - ctx.divisor, keepdim=True)      # std / scale
+        std.masked_fill_(std <= eps / scale * mean.abs(), math.inf)
+        scaled = (maps - mean).div_(std)
+        ctx.save_for_backward(scaled, std)
+        return scaled.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        standardized, std = ctx.saved_tensors
-        along = (grad * standardized).sum((-2, -1), keepdim=True)
+        scaled, std = ctx.saved_tensors
+        grad = grad.reshape(scaled.shape)
+        along = (grad * scaled).sum((-2, -1), keepdim=True)
         grad = grad - grad.mean((-2, -1), keepdim=True)
-        return grad.addcmul_(standardized, along, value=-1 / ctx.degrees).div_(std), None
+        return grad.addcmul_(scaled, along, value=-1 / ctx.divisor).div_(std), None, None, None
 
 def standardize_maps(maps: Tensor,  # …×H×W
-                     eps: float = 1e-5,  # a map with std ≤ eps·|mean| counts as constant
+                     eps: float = _EPS,  # a map with std ≤ eps·|mean| counts as constant
                      ) -> Tensor:  # same shape
     """Each map with mean 0 and unbiased standard deviation 1; a constant map, or a 1×1 grid, becomes zero with zero gradient.
 
     Source: CTRLS-CAM (Tsai, Lin, Chou, ICCE 2024), normalisation of the hint. The treatment of constant maps is ours.
     """
-    return _Standardize.apply(full_precision(maps), eps)
+    return _Standardize.apply(full_precision(maps), eps, 1.0, maps.shape)
 
 # %% ../nbs/04_maps.ipynb #65c0ab3e
 _SQUASH = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+def _check_squash(scale: float, squash: str) -> None:
+    "Stop unless the squash is known and the scale positive."
+    if squash not in _SQUASH:
+        raise ValueError(f"unknown squash {squash!r}; choose one of {', '.join(_SQUASH)}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}; 0.25 to 8 is the useful range")
 
 def squash_maps(maps: Tensor,  # any shape
                 scale: float,  # steepness; 0.25…8 is the useful range for standardised maps
@@ -120,17 +130,17 @@ def squash_maps(maps: Tensor,  # any shape
 
     Source: CTRLS-CAM (Tsai, Lin, Chou, ICCE 2024), mapping function of the hint.
     """
-    if squash not in _SQUASH:
-        raise ValueError(f"unknown squash {squash!r}; choose one of {', '.join(_SQUASH)}")
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}; 0.25 to 8 is the useful range")
+    _check_squash(scale, squash)
     return _SQUASH[squash](scale * full_precision(maps))
 
 # %% ../nbs/04_maps.ipynb #636138eb
-def _finish_hint(maps: Tensor, scale: float, squash: str, standardize: bool) -> Tensor:
-    "Class maps B×H×W to hints; without standardisation the map is divided by the grid height first."
-    maps = standardize_maps(maps) if standardize else maps / maps.shape[-2]
-    return squash_maps(maps, scale, squash)
+def _finish_hint(maps_B1N: Tensor, grid: torch.Size, scale: float, squash: str, standardize: bool) -> Tensor:
+    "Class maps to hints B×H×W; without standardisation the map is divided by the grid height first."
+    shape = (len(maps_B1N), *grid)
+    if not standardize:
+        return squash_maps(maps_B1N.view(shape) / grid[0], scale, squash)
+    _check_squash(scale, squash)
+    return _SQUASH[squash](_Standardize.apply(maps_B1N, _EPS, scale, shape))
 
 def hint_map(features: Tensor,  # B×C×H×W
              weight: Tensor,  # K×C
@@ -144,36 +154,40 @@ def hint_map(features: Tensor,  # B×C×H×W
 
     Raises ValueError like `class_activation_map` and `squash_maps`. Source: CTRLS-CAM (Tsai, Lin, Chou, ICCE 2024).
     """
-    return _finish_hint(class_activation_map(features, weight, labels), scale, squash, standardize)
+    return _finish_hint(_class_map(features, weight, labels), features.shape[2:], scale, squash, standardize)
 
 # %% ../nbs/04_maps.ipynb #a283edd4
 def _channel_moments(features_BCN: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean and biased variance of each channel over images and grid cells, both C, outside the graph."
+    "Mean, 1×C×1, and sum of squared deviations, C, of each channel over images and grid cells, outside the graph."
     with torch.no_grad():
-        mean_C = features_BCN.mean((0, 2))
-        variance_C = (features_BCN - mean_C[:, None]).square_().mean(2).mean(0)
-    return mean_C, variance_C
+        mean_1C1 = features_BCN.mean((0, 2), keepdim=True)
+        squares_C = (features_BCN - mean_1C1).square_().sum((0, 2))
+    return mean_1C1, squares_C
 
 # %% ../nbs/04_maps.ipynb #3d04074f
 class _ReweightedMap(torch.autograd.Function):
-    "`sum_c rows[c] · features[c]`, B×N, for rows that hold a factor 1/std of these very features, and a gradient that knows it."
+    "`sum_c class_row[c] · gain[c] / sqrt(D[c]) · features[c]`, B×1×N, and a gradient that knows how D depends on the features."
 
     @staticmethod
-    def forward(ctx, features_BCN, rows_BC, shift_C, mean_C, inverse_variance_C):
-        ctx.save_for_backward(features_BCN, rows_BC, mean_C, inverse_variance_C)
-        return _contract(rows_BC, features_BCN)
+    def forward(ctx, features_BCN, class_B1C, gain_C, shift_C, mean_1C1, spread_C):              # spread: D
+        root_C = spread_C.rsqrt()
+        factor_C = gain_C * root_C
+        rows_B1C = class_B1C * factor_C                                                           # a
+        ctx.save_for_backward(features_BCN, class_B1C, rows_B1C, factor_C, root_C, mean_1C1)
+        return _contract(rows_B1C, features_BCN)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_BN):
-        features_BCN, rows_BC, mean_C, inverse_variance_C = ctx.saved_tensors
-        projected_BC = _contract(grad_BN, features_BCN.transpose(1, 2))                           # P
+    def backward(ctx, grad_B1N):
+        features_BCN, class_B1C, rows_B1C, factor_C, root_C, mean_1C1 = ctx.saved_tensors
+        projected_B1C = _contract(grad_B1N, features_BCN.transpose(1, 2))                         # P
+        grad_gain_C = (class_B1C * projected_B1C).sum((0, 1)).mul_(root_C)
         grad_features_BCN = None
         if ctx.needs_input_grad[0]:
-            q_C = (rows_BC * projected_BC).sum(0) * inverse_variance_C / -grad_BN.numel()
-            grad_features_BCN = (features_BCN - mean_C[:, None]).mul_(q_C[:, None])
-            grad_features_BCN.addcmul_(rows_BC[:, :, None], grad_BN[:, None])
-        return grad_features_BCN, projected_BC, torch.zeros_like(mean_C), None, None
+            q_C = (grad_gain_C * factor_C).mul_(root_C)                                           # factor · root = gain / D
+            grad_features_BCN = (mean_1C1 - features_BCN).mul_(q_C[:, None])
+            grad_features_BCN.addcmul_(rows_B1C.transpose(1, 2), grad_B1N)
+        return grad_features_BCN, projected_B1C.mul_(factor_C), grad_gain_C, torch.zeros_like(grad_gain_C), None, None
 
 # %% ../nbs/04_maps.ipynb #421e85ec
 class ControllableHint(nn.Module):
@@ -185,42 +199,41 @@ class ControllableHint(nn.Module):
     def __init__(self, num_features: int,  # C
                  *, scale: float = 0.25, squash: str = "tanh", standardize: bool = True, batchnorm: bool = True):
         super().__init__()
-        squash_maps(torch.zeros(()), scale, squash)                               # stop now on a wrong scale or squash
+        _check_squash(scale, squash)
         self.scale, self.squash, self.standardize = scale, squash, standardize
         self.batch_norm = nn.BatchNorm2d(num_features) if batchnorm else None
 
     def forward(self, features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         "B×C×H×W, K×C, B to B×H×W. Raises ValueError like `class_activation_map`."
         if self.batch_norm is not None and self.training and self.standardize:
-            maps = _reweighted_map(self.batch_norm, features, weight, labels)
+            maps_B1N = _reweighted_map(self.batch_norm, features, weight, labels)
         else:
             features = full_precision(features)
             normalized = features if self.batch_norm is None else self.batch_norm(features)
-            maps = class_activation_map(normalized, weight, labels)
-        return _finish_hint(maps, self.scale, self.squash, self.standardize)
+            maps_B1N = _class_map(normalized, weight, labels)
+        return _finish_hint(maps_B1N, features.shape[2:], self.scale, self.squash, self.standardize)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, squash={self.squash!r}, standardize={self.standardize}"
 
 # %% ../nbs/04_maps.ipynb #61680948
-def _update_running(batch_norm: nn.BatchNorm2d, mean_C: Tensor, variance_C: Tensor, count: int) -> None:
+def _update_running(batch_norm: nn.BatchNorm2d, mean_C: Tensor, squares_C: Tensor, count: int) -> None:
     "Move the running statistics as `nn.BatchNorm2d` does in training mode; `count` values per channel were seen."
     if count > 1:
         batch_norm.num_batches_tracked.add_(1)
         batch_norm.running_mean.lerp_(mean_C.to(batch_norm.running_mean), batch_norm.momentum)
-        batch_norm.running_var.lerp_(variance_C.to(batch_norm.running_var) * (count / (count - 1)), batch_norm.momentum)
+        batch_norm.running_var.lerp_(squares_C.to(batch_norm.running_var) / (count - 1), batch_norm.momentum)
 
 def _reweighted_map(batch_norm: nn.BatchNorm2d, features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    "Class map of batch-normalised features up to a constant per image, B×H×W; updates the running statistics."
+    "Class map of batch-normalised features up to a shift per image and one common factor, B×1×N; updates the running statistics."
     _check_features(features, weight)
-    _check_labels(labels, len(features), len(weight))
+    class_B1C = _class_rows(full_precision(weight), labels, len(features))
     features_BCN = full_precision(features).flatten(2)
-    mean_C, variance_C = _channel_moments(features_BCN)
-    _update_running(batch_norm, mean_C, variance_C, features_BCN.shape[0] * features_BCN.shape[2])
-    inverse_variance_C = 1 / (variance_C + batch_norm.eps)
-    rows_BC = F.embedding(labels, full_precision(weight)) * (batch_norm.weight * inverse_variance_C.sqrt())
-    maps_BN = _ReweightedMap.apply(features_BCN, rows_BC, batch_norm.bias, mean_C, inverse_variance_C)
-    return maps_BN.unflatten(1, features.shape[2:])
+    mean_1C1, squares_C = _channel_moments(features_BCN)
+    count = features_BCN.shape[0] * features_BCN.shape[2]
+    _update_running(batch_norm, mean_1C1.flatten(), squares_C, count)
+    spread_C = squares_C + count * batch_norm.eps
+    return _ReweightedMap.apply(features_BCN, class_B1C, batch_norm.weight, batch_norm.bias, mean_1C1, spread_C)
 
 # %% ../nbs/04_maps.ipynb #4ac1a509
 def pool_maps(maps: Tensor,  # B×K×H×W or B×H×W

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .config import Settings, did_you_mean, select_groups
 from .losses import hint_loss, kd_loss
-from .maps import ControllableHint, class_activation_map, class_activation_maps, full_precision, hint_map, pool_maps, squash_maps, standardize_maps
+from .maps import ControllableHint, class_activation_map, class_activation_maps, full_precision, pool_maps, squash_maps, standardize_maps
 from .models import Classifier, Outputs
 
 # %% ../nbs/07_methods.ipynb #b79f7895

@@ -217,7 +217,8 @@ class BatchSampler(Sampler):
         """The rows of this process's parts of each step, from `first_step` on; parts may be empty."""
         rank, world = self.share
         if self.epoch < 0:
-            return [[batch] for batch in np.split(self.rows, range(self.batch_size, len(self.rows), self.batch_size))[rank::world]]
+            batches = np.split(self.rows, range(self.batch_size, len(self.rows), self.batch_size))
+            return [[batch] for batch in batches[rank::world] or [batches[0][:1]]]  # a process without a batch looks at one image once more
         batches = epoch_batches(self.rows, self.batch_size, self.seed, self.epoch)[self.first_step:]
         mine = slice(rank * self.parts // world, (rank + 1) * self.parts // world)
         return [cut_batch(batch, self.parts)[mine] for batch in batches]
@@ -323,7 +324,8 @@ class Batch(NamedTuple):
 def finish_batch(crops: Crops, epoch: int, device: torch.device | str, config: Settings, classes: int) -> Batch:
     """Crops as a batch on `device`: filtered, normalised and, in training, erased and mixed as the settings say."""
     key = (config.view_seed, epoch)
-    images, labels, rows = (tensor.to(device, non_blocking=True) for tensor in crops[:3])
+    rows = crops.rows  # they stay with the host, which looks things up by them
+    images, labels = (tensor.to(device, non_blocking=True) for tensor in crops[:2])
     images = normalize(apply_filters(images, crops.flip, crops.blur, crops.sharpen), *channel_statistics(config.augment))
     if epoch >= 0 and config.erasing:
         images = erase(images, config.erasing, [(*key, row) for row in crops.rows.tolist()])
