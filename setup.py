@@ -23,7 +23,7 @@ setup(
     packages=[config["lib_name"]],
     python_requires=f">={config['min_python']}",
     install_requires=config["requirements"].split(),
-    extras_require={"dev": config["dev_requirements"].split()},
+    extras_require={extra: config[f"{extra}_requirements"].split() for extra in ("dev", "watch")},
     data_files=[("share/ctrlscam", ["data/sources.json"])],
     entry_points={
         "nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"],

@@ -62,7 +62,10 @@ def _stop_on(state: RunState, stream: Stream, epoch: int, step: int, wrong: list
     paths = stream.table.path.iloc[torch.cat([lesson.batch.rows for lesson in lessons]).tolist()].tolist()
     report = dict(terms=wrong, epoch=epoch, step=step, learning_rate=max(group["lr"] for group in state.optimizer.param_groups), loss_scale=state.scaler.get_scale(),
                   identity=run_identity(state.config), seed=state.config.seed, paths=paths, steps=rows)
-    where = write_autopsy(state.folder, report, tensors)
+    try:
+        where = write_autopsy(state.folder, report, tensors)
+    except OSError as error:  # a full disk must not hide what went wrong first
+        where = f"no bundle, since it could not be written ({error})"
     raise FloatingPointError(f"epoch {epoch + 1}, step {step}: the loss term {', '.join(wrong)} is not finite. The last checkpoint is good; the batch and the last terms are in {where}. "
                              "Lower the learning rate, or look at the images named there, and run again.")
 

@@ -104,7 +104,7 @@ class Lesson(NamedTuple):
     batch: Batch
     teaching: Teaching
 
-
+# %% ../nbs/09d_step.ipynb #93fa9937
 class Stream:
     """The images and the teacher that students share; each process has its own share of the batches."""
 

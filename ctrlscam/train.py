@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Watcher', 'check_inputs', 'load_teacher', 'open_stream', 'start_student', 'map_measures', 'describe_data',
-           'finish_run', 'run', 'train_teacher', 'distill', 'stream_identity', 'distill_together', 'distill_all',
+           'finish_run', 'run', 'train_teacher', 'distill', 'stream_differences', 'distill_together', 'distill_all',
            'read_metrics', 'read_maps', 'agreement_over_training', 'Examples', 'example_images', 'read_example_hints',
            'paired_table', 'hardest_classes', 'evaluate']
 
@@ -123,6 +123,7 @@ def describe_data(table: pd.DataFrame) -> dict[str, Any]:
 def _evaluate_picked(state: RunState, stream: Stream, stop: Any) -> dict[str, float]:
     """Load the picked weights, write predictions and maps of the test split, return the map measures."""
     picked = state.folder / f"picked-{state.progress.picked:04d}.safetensors"
+    barrier()  # the main process may still be writing it
     state.network.load_state_dict(load_file(picked))
     predictions, table = evaluate_split(state.network, stream, "test", stop), stream.table
     maps, watched = split_maps(state.network, stream, "test", stop=stop), split_maps(state.network, stream, "val", WATCHED_IMAGES, stop)
@@ -241,14 +242,18 @@ def distill(config: Settings, on_epoch: Watcher = None) -> Record:
     return run(baseline_settings(config) if config.method == "ce" else config, on_epoch)
 
 # %% ../nbs/10_train.ipynb #43312ab6
-_SHARED = ("batch_size", "accumulate", "precision", "teacher_store", "epochs")
+_SHARED = ("batch_size", "accumulate", "precision", "teacher_store", "view_seed")
 
 
-def stream_identity(config: Settings) -> dict[str, Any]:
-    """What students must have in common to learn side by side."""
-    shared = {**select_groups(config, ("data",)), **{name: getattr(config, name) for name in _SHARED}, "view_seed": config.view_seed}
-    teacher = teacher_settings(config)
-    return shared | {"teacher": str(run_folder(teacher))}
+def stream_differences(one: Settings, other: Settings) -> list[str]:
+    """What keeps two runs from learning side by side: the names of the settings in which their streams differ, and of what they need of the teacher in different forms."""
+    def stream(config: Settings) -> dict[str, Any]:
+        data = {**select_groups(config, ("data",)), "stream_seed": None}  # `view_seed` says what it comes to
+        return {**data, **{name: getattr(config, name) for name in _SHARED}, "teacher": str(run_folder(teacher_settings(config)))}
+
+    left, right = stream(one), stream(other)
+    needs = [find_method(config.method).needs(config) for config in (one, other)]
+    return [name for name in {**left, **right} if left.get(name) != right.get(name)] + [name for name in needs[0] if needs[1].get(name, needs[0][name]) != needs[0][name]]
 
 
 def _side_by_side(runs: list[Settings]) -> list[list[Settings]]:
@@ -256,18 +261,18 @@ def _side_by_side(runs: list[Settings]) -> list[list[Settings]]:
     groups: list[list[Settings]] = []
     for config in runs:
         mates = [group for group in groups if not _is_finished(config) and not _is_finished(group[0])
-                 and len(group) < config.together and stream_identity(group[0]) == stream_identity(config)]
+                 and len(group) < config.together and not any(stream_differences(mate, config) for mate in group)]
         mates[0].append(config) if mates else groups.append([config])
     return groups
 
 
 def distill_together(configs: list[Settings], on_epoch: Watcher = None) -> list[Record]:
     """The records of several students, trained side by side behind one teacher. Raises SettingsError if they do not share a stream."""
-    first = stream_identity(configs[0])
-    for config in configs[1:]:
-        if apart := [name for name, value in stream_identity(config).items() if value != first.get(name)]:
-            raise SettingsError(f"{config.method} seed {config.seed} cannot learn beside {configs[0].method} seed {configs[0].seed}: they differ in {', '.join(apart)}")
-    return _run(configs, check_inputs(configs[0]), on_epoch)
+    for number, config in enumerate(configs):
+        for mate in configs[:number]:
+            if apart := stream_differences(mate, config):
+                raise SettingsError(f"{config.method} seed {config.seed} cannot learn beside {mate.method} seed {mate.seed}: they differ in {', '.join(apart)}")
+    return _run(configs, [check_inputs(config) for config in configs][0], on_epoch)
 
 # %% ../nbs/10_train.ipynb #c5344481
 def distill_all(config: Settings, on_epoch: Watcher = None) -> dict[str, list[Record]]:

@@ -340,6 +340,16 @@ def _as_delivered(crops: Crops) -> Crops:
     return crops
 
 
+def _or_name(arriving: Iterator[Crops], keys: list[list[tuple[int, int]]], paths: pd.Series) -> Iterator[Crops]:
+    """What arrives from loader processes for `keys`; if one of them dies, a RuntimeError that names the images that were due."""
+    for batch in keys:
+        try:
+            yield next(arriving)
+        except RuntimeError as error:
+            due = paths.iloc[[row for _, row in batch]].tolist()
+            raise RuntimeError(f"a loader process stopped before it had made the views of {first_five(due)}: {error}") from None
+
+# %% ../nbs/02b_views.ipynb #644336c3
 class Batches:
     """Batches of one split. `batches(epoch, device)` iterates over training views of that epoch; epoch −1 over test views in row order.
 
@@ -364,16 +374,7 @@ class Batches:
         self.sampler.epoch, self.sampler.first_step, workers = epoch, first_step, self.config.workers
         if workers and self.config.augment != "deit":
             return in_threads(self._load, iter(self.sampler), workers, workers * self.config.prefetch)
-        return self._from_processes() if workers else iter(self.loader)
-
-    def _from_processes(self) -> Iterator[Crops]:
-        arriving = iter(self.loader)
-        for keys in list(self.sampler):
-            try:
-                yield next(arriving)
-            except RuntimeError as error:
-                paths = self.dataset.table.path.iloc[[row for _, row in keys]].tolist()
-                raise RuntimeError(f"a loader process stopped before it had made the views of {first_five(paths)}: {error}") from None
+        return _or_name(iter(self.loader), list(self.sampler), self.dataset.table.path) if workers else iter(self.loader)
 
     def _load(self, keys: list[tuple[int, int]]) -> Crops:
         crops = self.dataset.__getitems__(keys)
@@ -390,7 +391,7 @@ class Batches:
         for parts, count in zip(self.sampler.steps(), images[first_step:]):
             yield [finish_batch(next(arriving), epoch, device, self.config, self.classes)._replace(share=len(part) / count) for part in parts if len(part)]
 
-
+# %% ../nbs/02b_views.ipynb #b50a9908
 def make_batches(table: pd.DataFrame, config: Settings, share: tuple[int, int] = (0, 1)) -> dict[str, Batches]:
     """`Batches` for train, val and test over one shared `ViewDataset`; `share` is (rank, number of processes)."""
     dataset = ViewDataset(table, config)

@@ -77,7 +77,7 @@ def _new_tracker(name: str, config: Settings, folder: Path) -> "GeneralTracker":
     if name == "wandb":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         return tracking.WandBTracker(project, name=run, id=identity_hash({"run": run}), dir=str(folder), config=public_settings(config), reinit="create_new",
-                                     mode=os.environ.get("WANDB_MODE", "offline"), settings=dict(console="off", silent=True))
+                                     mode=os.environ.get("WANDB_MODE", "offline"), settings=dict(console="off", silent=True, disable_git=True))
     os.environ.setdefault("TRACKIO_DIR", str(project_root() / config.output_dir / "trackio"))
     return tracking.TrackioTracker(project, name=run, config=public_settings(config), resume="allow", auto_log_cpu=False, auto_log_gpu=False)
 

@@ -1,7 +1,8 @@
-"""The command `ctrlscam data …` as a user types it: what it prints, where, and with which exit code."""
+"""The command `ctrlscam` as a user types it: what it prints, where, and with which exit code."""
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -185,3 +186,62 @@ def test_help_is_quick_and_loads_nothing_heavy():
 def test_list_does_not_load_torch():
     probe = "import sys, ctrlscam.cli as cli; sys.argv = ['ctrlscam', 'data', 'list']\ntry: cli.main()\nexcept SystemExit: print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()[-1] == "False"
+
+
+# Training. One tiny teacher in two parts a batch, so that two processes can share it; test_launch.py starts them.
+TINY = ["-p", "smoke", "true", "-p", "max_images", "24", "-p", "teacher", "test_resnet", "-p", "image_size", "32", "-p", "device", "cpu", "-p", "accumulate", "2"]
+
+
+def train(*words):
+    """The result of `ctrlscam teacher …` or `ctrlscam distill …` in this process."""
+    done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+@pytest.mark.parametrize("words, message", [
+    (["-p", "epocs", "3"], "did you mean 'epochs'"),
+    (["-p", "_epochs", "3"], "unknown setting '_epochs'"),
+    (["-p", "epochs", "3.5"], "epochs = '3.5'"),
+    (["-p", "seed", "-1"], "seed = '-1'"),
+    (["-p", "learning_rate", "nan"], "learning_rate = 'nan'"),
+    (["-p", "dataset", "../../etc"], "dataset = '../../etc'"),
+    (["-p", "dataset", ""], "dataset"),
+    (["-p", "watch", "tensorbord"], "watch = 'tensorbord'"),
+    (["-p", "epochs"], "given as -p NAME VALUE, not as '-p epochs'"),
+    (["epochs", "3"], "given as -p NAME VALUE"),
+    (["--epochs", "3"], "given as -p NAME VALUE"),
+    (["-p", "methods", "ctrlscam"], "did you mean 'ctrls_cam'"),
+    (["-p", "teacher", "resnet5"], "resnet50"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_settings(tmp_path, words, message):
+    for command in ("teacher", "distill"):
+        done = train(command, *words, "-p", "output_dir", tmp_path / "outputs") if len(words) == 3 and words[0] == "-p" else train(command, *words)
+        assert (done.exit_code, done.stdout) == (2, ""), done.output
+        assert done.stderr.startswith("error: ") and message in done.stderr, done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_wrong_settings_are_refused_before_torch_is_loaded():
+    probe = "import sys, ctrlscam.cli as cli; sys.argv = ['ctrlscam', 'distill', '-p', 'epocs', '3']\ntry: cli.main()\nexcept SystemExit as end: print(end.code, sorted({'torch', 'pandas'} & set(sys.modules)))"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.stdout == "2 []\n" and time.perf_counter() - began < 3
+
+
+def test_errors_of_a_run_are_messages(tmp_path):
+    """Fault 32: outputs that cannot be written, before any training; and a list of images that is not there."""
+    (tmp_path / "file").write_text("")
+    began = time.perf_counter()
+    done = train("teacher", *TINY, "-p", "output_dir", tmp_path / "file")
+    assert done.exit_code == 1 and done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr, done.output
+    assert time.perf_counter() - began < 5 + 10  # ten for a busy machine
+    done = train("teacher", *TINY, "-p", "leave_out", tmp_path / "none.txt")
+    assert done.exit_code == 1 and "none.txt" in done.stderr
+
+
+def test_sigterm_before_the_training_ends_with_143_too(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ctrlscam.train.check_inputs", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    assert train("teacher").exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
