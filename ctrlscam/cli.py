@@ -127,10 +127,10 @@ def _training() -> Iterator[None]:
     """Errors that can end a run become a message and exit code 1, SIGTERM becomes exit code 143."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        from ctrlscam.checkpoint import CheckpointError
+        from ctrlscam.checkpoint import CheckpointError, FolderInUse
         from ctrlscam.records import RecordError
         from ctrlscam.store import StoreError
-        with _one_message(CheckpointError, RecordError, StoreError, FloatingPointError, MemoryError):
+        with _one_message(CheckpointError, FolderInUse, RecordError, StoreError, FloatingPointError, MemoryError):
             yield
     finally:
         signal.signal(signal.SIGTERM, before)

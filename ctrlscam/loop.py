@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOOK_STEPS', 'WATCHED_IMAGES', 'look_at_terms', 'evaluate_split', 'split_maps', 'save_array', 'watch_epoch',
-           'run_tensors', 'save_checkpoint', 'resume', 'disk_needed', 'Clock', 'train_epoch', 'finish_epoch',
-           'determinism', 'fit']
+           'run_tensors', 'save_checkpoint', 'resume', 'disk_needed', 'going', 'attempt', 'Clock', 'train_epoch',
+           'finish_epoch', 'determinism', 'fit']
 
 # %% ../nbs/09e_loop.ipynb #97cf35bc
 import io
-import json
 import math
 import os
 import signal
@@ -25,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import CheckpointError, Interrupted, Stop, interruptible, load_generation, pack_tensors, save_generation
+from .checkpoint import CheckpointError, Interrupted, Stop, interruptible, kept_facts, load_generation, pack_tensors, save_generation
 from .config import Settings
 from .evaluate import Predictions, collect_maps, evaluate_model, summary
 from .images import write_bytes
 from .maps import standardize_maps
 from .models import Classifier
-from .processes import any_process, gather_rows, is_main, sum_over_processes, world_size
+from .processes import any_process, barrier, gather_rows, is_main, rank, sum_over_processes, world_size
 from .records import run_identity
-from .step import Progress, RunState, Stream, build_schedule, explain_memory, seeded, train_step
+from .step import Progress, RunState, Stream, build_schedule, explain_memory, seeded, train_step, wide
 from .views import Batch
 from .watch import Watchers, open_watchers, write_autopsy, write_metrics
 
@@ -42,32 +41,45 @@ LOOK_STEPS = 25  # steps between two looks at the terms where that makes the dev
 
 
 def look_at_terms(state: RunState, stream: Stream, epoch: int) -> None:
-    """Look at the terms of the steps since the last look. Raises FloatingPointError, after writing the bundle, if one is not finite."""
-    if not state.recent:
-        return
-    steps, names = [step for step, _ in state.recent], list(state.recent[0][1])
-    values = torch.stack([value for _, terms in state.recent for value in terms.values()]).tolist()  # the one place that waits for the device
+    """Look at the terms of the steps since the last look. Raises FloatingPointError in all processes, after one has written the bundle, if one is not finite."""
+    values = torch.stack([value for _, terms in state.recent for value in terms.values()]).tolist() if state.recent else []  # the one place that waits for the device
+    rows = []
+    for step, terms in state.recent:
+        rows.append(dict(step=step, **dict(zip(terms, values))))
+        values = values[len(terms):]
     state.recent.clear()
-    rows = [dict(step=step, **dict(zip(names, values[k * len(names):]))) for k, step in enumerate(steps)]
-    for row in rows:
-        if wrong := [name for name in names if not math.isfinite(row[name])]:
-            _stop_on(state, stream, epoch, row["step"], [name for name in wrong if name != "total"] or wrong, rows)
+    bad = next((row["step"] for row in rows if not all(map(math.isfinite, row.values()))), -1)
+    votes = gather_rows(torch.tensor([bad]))[0].tolist()  # each process sees its own parts only
+    if max(votes) >= 0:
+        _stop_on(state, stream, epoch, min(vote for vote in votes if vote >= 0), votes, rows)
 
 
-def _stop_on(state: RunState, stream: Stream, epoch: int, step: int, wrong: list[str], rows: list[dict[str, float]]) -> None:
-    """Write the autopsy of `step` and raise FloatingPointError."""
+def _stop_on(state: RunState, stream: Stream, epoch: int, step: int, votes: list[int], rows: list[dict[str, float]]) -> None:
+    """Have the first process that saw it write the autopsy of `step`; raise FloatingPointError in all."""
+    where, wrong, config = state.folder / "autopsy", [], state.config
+    if rank() == votes.index(step):
+        row = next(row for row in rows if row["step"] == step)
+        wrong = [name for name, value in row.items() if not math.isfinite(value)]
+        wrong = [name for name in wrong if name != "total"] or wrong
+        try:
+            where = _autopsy(state, stream, epoch, step, wrong, rows)
+        except OSError as error:  # a full disk must not hide what went wrong first
+            where = f"no bundle, since it could not be written ({error})"
+    barrier()
+    kept = "The last checkpoint is good" if any(state.folder.glob("checkpoint-*.json")) else "There is no checkpoint yet"
+    raise FloatingPointError(f"{config.method} seed {config.seed}, epoch {epoch + 1}, step {step}: the loss term {', '.join(wrong) or 'of another process'} is not finite. {kept}; "
+                             f"the batch and the last terms are in {where}. Lower the learning rate, or look at the images named there, and run again.")
+
+
+def _autopsy(state: RunState, stream: Stream, epoch: int, step: int, wrong: list[str], rows: list[dict[str, float]]) -> Path:
+    """Write the bundle: this process's part of the batch of `step` once more, and what is known about it."""
     lessons = next(stream.lessons(epoch, step))
     tensors = {"images": torch.cat([lesson.batch.images for lesson in lessons]), "labels": torch.cat([lesson.batch.labels for lesson in lessons])}
     tensors |= {f"teacher.{name}": torch.cat([lesson.teaching[name] for lesson in lessons]) for name in stream.needs}
     paths = stream.table.path.iloc[torch.cat([lesson.batch.rows for lesson in lessons]).tolist()].tolist()
     report = dict(terms=wrong, epoch=epoch, step=step, learning_rate=max(group["lr"] for group in state.optimizer.param_groups), loss_scale=state.scaler.get_scale(),
                   identity=run_identity(state.config), seed=state.config.seed, paths=paths, steps=rows)
-    try:
-        where = write_autopsy(state.folder, report, tensors)
-    except OSError as error:  # a full disk must not hide what went wrong first
-        where = f"no bundle, since it could not be written ({error})"
-    raise FloatingPointError(f"epoch {epoch + 1}, step {step}: the loss term {', '.join(wrong)} is not finite. The last checkpoint is good; the batch and the last terms are in {where}. "
-                             "Lower the learning rate, or look at the images named there, and run again.")
+    return write_autopsy(state.folder, report, tensors)
 
 # %% ../nbs/09e_loop.ipynb #1fb60f54
 WATCHED_IMAGES = 256  # validation images whose maps are kept for each epoch
@@ -138,9 +150,14 @@ def save_checkpoint(state: RunState) -> None:
     """Write a generation. All processes must call it, since the sums are theirs together; the main one writes."""
     sums = {name: value.clone() for name, value in state.sums.items()}
     sum_over_processes([value for name, value in sums.items() if name != "skipped"])  # all processes leave out the same steps
+    progress, tensors = state.progress, run_tensors(state) | {f"sums.{name}": value for name, value in sums.items()}
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
+    wrong = [name for name, whole in zip(tensors, finite) if not whole]
+    if any_process(bool(wrong)):  # an infinite gradient can come from finite losses
+        raise FloatingPointError(f"{state.config.method} seed {state.config.seed}: {', '.join(wrong[:3])} is not finite although the losses were. It is not saved, the checkpoint before it "
+                                 "stays. Lower the learning rate and run again.")
     if not is_main():
         return
-    progress, tensors = state.progress, run_tensors(state) | {f"sums.{name}": value for name, value in sums.items()}
     facts = dict(identity=run_identity(state.config), seed=state.config.seed, progress=asdict(progress), scaler=state.scaler.state_dict(), tensors=list(tensors))
     save_generation(state.folder, (progress.epoch, progress.step), tensors, facts)
 
@@ -165,6 +182,8 @@ def resume(state: RunState) -> bool:
         number, key = name.split(".", 1)
         memory.setdefault(int(number), {})[key] = value
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": memory})
+    for parameter, values in state.optimizer.state.items():  # files know no memory layout, and a fused optimiser wants that of the parameter
+        values |= {name: torch.empty_like(parameter).copy_(value) for name, value in values.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
     state.scaler.load_state_dict(facts["scaler"])
     sums = _strip({name: tensors[name].to(state.device) for name in facts["tensors"]}, "sums")  # in the order in which they were made
     state.sums = {name: value if is_main() or name == "skipped" else torch.zeros_like(value) for name, value in sums.items()}
@@ -181,6 +200,21 @@ def disk_needed(state: RunState, grid: tuple[int, int], test_images: int) -> int
     return 3 * (weights + moments) + 4 * weights + maps
 
 # %% ../nbs/09e_loop.ipynb #a950cbef
+def going(states: list[RunState]) -> list[RunState]:
+    """Those that nothing keeps from going on."""
+    return [state for state in states if state.failure is None]
+
+
+def attempt(states: list[RunState], state: RunState, action: Callable[[], None]) -> None:
+    """Do something for one of several students. If its numbers are not finite, it is left out from here on; the error is raised if no other can go on."""
+    try:
+        action()
+    except FloatingPointError as error:
+        state.failure = error
+        if not going(states):
+            raise
+
+
 class Clock:
     """When the next checkpoint within an epoch is due."""
 
@@ -195,12 +229,12 @@ class Clock:
 
 
 def _end_of_step(states: list[RunState], stream: Stream, epoch: int, stop: Stop, clock: Clock) -> None:
-    """Look at the terms, write checkpoints if they are due, stop if that was asked for."""
-    for state in states:
-        look_at_terms(state, stream, epoch)
+    """Look at the terms, write checkpoints if they are due, stop if that was asked for. Raises FloatingPointError once no student can go on."""
+    for state in going(states):
+        attempt(states, state, lambda: look_at_terms(state, stream, epoch))
     if clock.due():
-        for state in states:
-            save_checkpoint(state)
+        for state in going(states):
+            attempt(states, state, lambda: save_checkpoint(state))
     if any_process(stop.signal is not None):
         stop.signal = stop.signal or signal.SIGTERM
         stop.check()
@@ -212,12 +246,12 @@ def train_epoch(states: list[RunState], stream: Stream, epoch: int, stop: Stop, 
         state.student.train()
         state.objective.train()
     first, last = min(state.progress.step for state in states), len(stream.batches["train"])
-    every = 1 if (stream.device.type == "cpu" and world_size() == 1) or not clock.minutes else LOOK_STEPS
+    every = 1 if stream.device.type == "cpu" or not clock.minutes else LOOK_STEPS
     title = f"{' '.join(state.config.method for state in states)} epoch {epoch + 1}"
     arriving = iter(stream.lessons(epoch, first)) if first < last else iter(())
     for step in tqdm(range(first, last), leave=False, delay=30, mininterval=5, desc=title, disable=not is_main()):
         began = time.perf_counter()
-        learners = [state for state in states if state.progress.step == step]
+        learners = [state for state in going(states) if state.progress.step == step]
         with explain_memory(states[0]):
             lessons = next(arriving)
             for state in learners:
@@ -245,7 +279,7 @@ def _epoch_line(config: Settings, row: dict[str, float], seconds: float) -> str:
 def _epoch_means(state: RunState, stream: Stream) -> dict[str, float]:
     """Means of each term, of their sum and of top-1 over the images of all processes, and the number of steps that the scaler left out."""
     images = len(stream.batches["train"].sampler.rows)
-    sums = {name: value.detach().clone().float() for name, value in state.sums.items() if name != "skipped"}
+    sums = {name: value.to(wide(state.device), copy=True) for name, value in state.sums.items() if name != "skipped"}
     sum_over_processes(list(sums.values()))
     means = {f"train_{name}": float(value) / images for name, value in sums.items()}
     return means | ({"skipped_steps": int(state.sums["skipped"])} if "skipped" in state.sums else {})
@@ -274,7 +308,7 @@ def _write_epoch(state: RunState) -> None:
     if not is_main():
         return
     write_metrics(state.folder, state.progress.metrics, state.progress.times)
-    picks = [json.loads(pointer.read_text())["facts"]["progress"]["picked"] for pointer in state.folder.glob("checkpoint-*.json")]
+    picks = [facts["progress"]["picked"] for facts in kept_facts(state.folder)]
     for old in state.folder.glob("picked-*.safetensors"):
         if old.name not in [f"picked-{epoch:04d}.safetensors" for epoch in picks if epoch is not None]:
             old.unlink()
@@ -283,7 +317,7 @@ def _write_epoch(state: RunState) -> None:
 @contextmanager
 def determinism(config: Settings) -> Iterator[None]:
     """Within the block, only deterministic algorithms if `config` asks for them; otherwise the quickest convolutions are searched for."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
@@ -291,8 +325,8 @@ def determinism(config: Settings) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]
 
 # %% ../nbs/09e_loop.ipynb #c7f4c4a3
 def _announce(state: RunState, row: dict[str, float], watchers: Watchers, on_epoch: Callable[[pd.DataFrame], None] | None) -> None:
@@ -307,26 +341,32 @@ def _announce(state: RunState, row: dict[str, float], watchers: Watchers, on_epo
 def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame], None] | None, stop: Stop, watchers: list[Watchers]) -> None:
     """Epoch after epoch until every state has all of its own."""
     schedules, clock = [build_schedule(state.optimizer, state.config) for state in states], Clock(states[0].config.checkpoint_minutes)
-    while left := [state.progress.epoch for state in states if state.progress.epoch < state.config.epochs]:
+    while left := [state.progress.epoch for state in going(states) if state.progress.epoch < state.config.epochs]:
         epoch = min(left)
-        learners = [k for k, state in enumerate(states) if state.progress.epoch == epoch and epoch < state.config.epochs]
+        learners = [k for k, state in enumerate(states) if state.failure is None and state.progress.epoch == epoch and epoch < state.config.epochs]
         for k in learners:
             schedules[k].step(epoch)
         train_epoch([states[k] for k in learners], stream, epoch, stop, clock)
         for k in learners:
+            if states[k].failure is not None:
+                continue
             row = finish_epoch(states[k], stream, epoch, stop)
-            _write_epoch(states[k])
-            _announce(states[k], row, watchers[k], on_epoch)
+            attempt(states, states[k], lambda: _write_epoch(states[k]))
+            if states[k].failure is None:
+                _announce(states[k], row, watchers[k], on_epoch)
 
 
 def fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> None:
-    """Train all `states` on one stream from where they are to their last epochs. Raises FloatingPointError, MemoryError or OSError; on a request to stop it saves and leaves."""
+    """Train all `states` on one stream from where they are to their last epochs. On a request to stop it saves and leaves.
+
+    Raises MemoryError, OSError, and FloatingPointError if the only student, or the last of several, cannot go on. One that cannot while others can has its `failure` set.
+    """
     watchers = [open_watchers(state.config, state.folder) for state in states]
-    with interruptible() as stop, seeded("loop"), determinism(states[0].config):
+    with interruptible() as stop, seeded("loop"):
         try:
             _fit(states, stream, on_epoch, stop, watchers)
         except Interrupted as interruption:
-            for state in states:
+            for state in going(states):
                 save_checkpoint(state)
                 if is_main():
                     print(f"stopped: {state.config.method} seed {state.config.seed} in epoch {state.progress.epoch + 1} after {state.progress.step} steps; the same call continues", flush=True)

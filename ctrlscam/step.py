@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seeded', 'build_student', 'load_network', 'build_optimizer', 'build_schedule', 'autocast', 'Lesson', 'Stream',
-           'joint_needs', 'Progress', 'RunState', 'start_run', 'part_terms', 'SharedStatistics', 'train_step',
+           'joint_needs', 'Progress', 'RunState', 'start_run', 'part_terms', 'wide', 'SharedStatistics', 'train_step',
            'explain_memory']
 
 # %% ../nbs/09d_step.ipynb #b5e654a9
@@ -33,7 +33,7 @@ from .data import class_count
 from .methods import Needs, Teaching, find_method, teach
 from .models import Classifier, check_grid, freeze_batchnorm
 from .processes import is_main, rank, sum_over_processes, world_size
-from .store import TeacherStore
+from .store import StoreError, TeacherStore
 from .views import Batch, Batches, make_batches
 
 # %% ../nbs/09d_step.ipynb #a4ae39de
@@ -45,7 +45,7 @@ def _random_state(purpose: str, *numbers: int) -> int:
 @contextmanager
 def seeded(purpose: str, *numbers: int) -> Iterator[None]:
     """Random numbers of torch inside the block depend on `purpose` and `numbers` alone; afterwards they go on as if nothing had been drawn."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(_random_state(purpose, *numbers))
         yield
 
@@ -78,9 +78,14 @@ def build_optimizer(student: Classifier, objective: nn.Module, config: Settings)
         groups.append({"params": own})
     # One kernel for all parameters on a GPU; there it also takes the loss scale of fp16 without asking the host.
     common = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=student.linear.weight.is_cuda or None)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, **common)
-    return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **common)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **common)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, **common)
+    if config.momentum and common["fused"]:  # a fused first step that the loss scaler leaves out would leave the momentum unwritten
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: Settings) -> Scheduler:
@@ -131,6 +136,10 @@ class Stream:
         if (said := self.store.read(epoch, rows)) is None:
             self.store.write(epoch, rows, self.ask(batch))
             said = self.store.read(epoch, rows)  # in half precision; what was stored of this batch before is what counts
+        if said is None:
+            raise StoreError(f"{self.store.folder}: what was written for rows {rows[:5].tolist()} in epoch {epoch} cannot be read back; is the disk in order?")
+        if self.device.type == "cuda":
+            said = {name: value.pin_memory() for name, value in said.items()}  # a copy from elsewhere would make the host wait
         return {name: value.to(self.device, non_blocking=True).float() for name, value in said.items()}
 
     def lessons(self, epoch: int, first_step: int = 0) -> Iterator[list[Lesson]]:
@@ -178,6 +187,7 @@ class RunState:
     progress: Progress = field(default_factory=Progress)
     sums: dict[str, Tensor] = field(default_factory=dict)               # of the epoch so far, over images
     recent: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)  # steps and their terms, not yet looked at
+    failure: FloatingPointError | None = None                           # why it cannot go on, if it cannot
     trained: list[bool] | None = None                                   # which parameters get gradients, once several processes have agreed
 
     @property
@@ -193,7 +203,8 @@ def start_run(config: Settings, table: pd.DataFrame, folder: Path, device: torch
     student.to(device)
     if student.load_report is not None and is_main():
         print(student.load_report, flush=True)
-    objective = find_method(config.method).objective(config, student).to(device)
+    with seeded("objective", config.seed):
+        objective = find_method(config.method).objective(config, student).to(device)
     optimizer = build_optimizer(student, objective, config)
     ema = ModelEmaV3(student, decay=config.ema_decay) if config.ema_decay else None
     if config.compile:
@@ -211,13 +222,18 @@ def part_terms(state: RunState, lesson: Lesson) -> tuple[dict[str, Tensor], Tens
     return terms, (student.logits.detach().argmax(1) == batch.labels).sum()
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The type of sums over an epoch: with 53 bits they are the same in whatever order and grouping. Apple's GPUs have 24."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _study_part(state: RunState, lesson: Lesson) -> dict[str, Tensor]:
     """Add the gradient of one part, weighted with its share of the batch; returns its terms, likewise weighted, on the device."""
     terms, correct = part_terms(state, lesson)
     total = sum(terms.values())
     state.scaler.scale(total * lesson.batch.share).backward()
     seen = {name: value.detach() for name, value in {**terms, "total": total}.items()}
-    for name, value in {**{name: value * len(lesson.batch.labels) for name, value in seen.items()}, "top1": correct}.items():
+    for name, value in {**{name: value.to(wide(state.device)) * len(lesson.batch.labels) for name, value in seen.items()}, "top1": correct}.items():
         state.sums[name] = state.sums[name] + value if name in state.sums else value
     return {name: value * lesson.batch.share for name, value in seen.items()}
 
@@ -284,7 +300,6 @@ def train_step(state: RunState, lessons: list[Lesson], epoch: int, step: int) ->
     """One optimiser step on this process's parts of a batch; returns the weighted terms and their sum, on the device."""
     config, several = state.config, state.config.accumulate > 1 or world_size() > 1
     shared = SharedStatistics(state.student, state.objective) if several else None
-    state.optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     first = rank() * config.accumulate // world_size()
     for number, lesson in enumerate(lessons, first):
@@ -298,6 +313,7 @@ def train_step(state: RunState, lessons: list[Lesson], epoch: int, step: int) ->
         if world_size() > 1:
             _share_gradients(state)
     _move(state)
+    state.optimizer.zero_grad(set_to_none=True)  # now, so that no student holds gradients while another one learns
     return totals
 
 # %% ../nbs/09d_step.ipynb #911dde80

@@ -7,6 +7,7 @@ __all__ = ['CHECKSUM_BYTES', 'SCHEMA_VERSION', 'record_bytes', 'StoreError', 'ta
            'open_store', 'check_store']
 
 # %% ../nbs/09b_store.ipynb #409dbc11
+import fcntl
 import json
 import math
 import os
@@ -203,9 +204,13 @@ class TeacherStore(_Folder):
         spots = self._spots(epoch, rows)
         halves = [_half(file.need, values[file.need], (len(spots), *file.shape)) for file in self._files]  # all checked before anything is written
         for file, half in zip(self._files, halves):
-            for spot, record in zip(spots, half):
-                if file.get(*spot) is None:
-                    file.put(*spot, record.tobytes())
+            fcntl.flock(file.file, fcntl.LOCK_EX)  # so that of two writers the second finds the record of the first
+            try:
+                for spot, record in zip(spots, half):
+                    if file.get(*spot) is None:
+                        file.put(*spot, record.tobytes())
+            finally:
+                fcntl.flock(file.file, fcntl.LOCK_UN)
 
     def coverage(self, epoch: int | None = None) -> float:
         """Share of the views that can be read: of one epoch, or of all epochs that every need reaches into (0 if there is none)."""
@@ -239,30 +244,37 @@ def open_store(config: Settings, table: pd.DataFrame, teacher_sha256: str, shape
 _TOLERANCE = {"fp32": 2**-10, "fp16": 2**-7, "bf16": 2**-5}  # of a record's largest value
 
 
-def _random_views(store: TeacherStore, sample: int, seed: int) -> dict[int, list[int]]:
-    """Rows of up to `sample` random views that can be read, by epoch."""
-    numbers = np.random.default_rng(seed).permutation(store.epochs * len(store.rows))
-    views = ((int(number) // len(store.rows), int(store.rows[number % len(store.rows)])) for number in numbers)
-    chosen: dict[int, list[int]] = {}
-    for epoch, row in islice((view for view in views if store.read(view[0], [view[1]]) is not None), sample):
-        chosen.setdefault(epoch, []).append(row)
+def _rounding_of(store: TeacherStore) -> str:
+    """The precision that decides how far two answers may differ; a GPU that convolves in TF32 has no more digits than fp16."""
+    precision = store.key.get("precision", "fp32")
+    return "fp16" if precision == "fp32" and torch.cuda.is_available() and torch.backends.cudnn.allow_tf32 else precision
+
+
+
+def _random_records(file: _RecordFile, rows: np.ndarray, sample: int, seed: int) -> dict[int, dict[int, np.ndarray]]:
+    """Up to `sample` random records of a need that can be read: their values by epoch and row."""
+    numbers = np.random.default_rng(seed).permutation(file.epochs() * len(rows))
+    spots = ((int(number) // len(rows), int(rows[number % len(rows)]), int(number) % len(rows)) for number in numbers)
+    chosen: dict[int, dict[int, np.ndarray]] = {}
+    for (epoch, row, _), values in islice(((spot, values) for spot in spots if (values := file.get(*spot)) is not None), sample):
+        chosen.setdefault(epoch, {})[row] = np.frombuffer(values, "<f2").reshape(file.shape)
     return chosen
 
 
 def check_store(store: TeacherStore, recompute: Callable[[int, np.ndarray], dict[str, Tensor]], *, sample: int = 8, seed: int = 0) -> int:
-    """Compare random stored views with `recompute(epoch, rows)`, which asks the teacher again. Returns how many were compared.
+    """Compare `sample` random records of each need with `recompute(epoch, rows)`, which asks the teacher again. Returns how many were compared.
 
     Raises StoreError that names the row and the largest difference if it is more than rounding.
     """
-    chosen = _random_views(store, sample, seed)
-    share = _TOLERANCE[store.key.get("precision", "fp32")]
-    for epoch, rows in chosen.items():
-        asked = recompute(epoch, np.array(rows))
-        for need, stored in store.read(epoch, rows).items():
-            difference = (stored.float() - asked[need].detach().float().cpu()).flatten(1).abs().amax(1)  # B
-            allowed = share * stored.float().flatten(1).abs().amax(1) + 2**-24                           # B; half precision ends at 2⁻²⁴
-            if wrong := (~(difference <= allowed)).nonzero().flatten().tolist():
-                k = wrong[0]
-                raise StoreError(f"{store.folder}: {need} of row {rows[k]} in epoch {epoch} differs from what the teacher says by up to {difference[k]:.3g}, "
-                                 f"where rounding explains {allowed[k]:.3g}; delete the folder, and the teacher will be asked again")
-    return sum(map(len, chosen.values()))
+    compared, share = 0, _TOLERANCE[_rounding_of(store)]
+    for file in store._files:  # one by one: a need that came later has fewer records, or none yet
+        for epoch, stored in _random_records(file, store.rows, sample, seed).items():
+            asked = recompute(epoch, np.array(list(stored)))[file.need].detach().float().cpu().numpy()
+            for (row, values), answer in zip(stored.items(), asked):
+                difference = np.abs(values.astype(np.float32) - answer).max()
+                allowed = share * np.abs(values).max().astype(np.float32) + 2**-24  # half precision ends at 2⁻²⁴
+                if not difference <= allowed:
+                    raise StoreError(f"{store.folder}: {file.need} of row {row} in epoch {epoch} differs from what the teacher says by up to {difference:.3g}, "
+                                     f"where rounding explains {allowed:.3g}; delete the folder, and the teacher will be asked again")
+            compared += len(stored)
+    return compared

@@ -28,7 +28,7 @@ from .images import part_masks, write_bytes
 from .maps import map_agreement, squash_maps
 from .methods import find_method, starts_from_baseline
 from .models import Classifier, check_grid, count_parameters
-from .loop import WATCHED_IMAGES, disk_needed, evaluate_split, fit, resume, save_array, split_maps
+from .loop import WATCHED_IMAGES, determinism, disk_needed, evaluate_split, fit, going, resume, save_array, split_maps
 from .processes import any_process, barrier, is_main, main_first, pick_device, world_size
 from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
                               table_runs, write_record)
@@ -43,6 +43,9 @@ def _check_processes(config: Settings) -> None:
     if config.accumulate % world_size():
         raise SettingsError(f"accumulate = {config.accumulate}: {world_size()} processes cannot share a batch of {config.accumulate} parts evenly; give accumulate = {world_size()} or a multiple of it. "
                             "One process with the same value gives the same result")
+    filled = max(1, min(config.accumulate, config.batch_size // 2))  # parts of a whole batch that hold images
+    if config.accumulate * (world_size() - 1) // world_size() >= filled:
+        raise SettingsError(f"batch_size = {config.batch_size} has only {filled} parts of two images or more, too few for {world_size()} processes; give a larger batch_size or a smaller accumulate")
 
 
 def check_inputs(config: Settings) -> pd.DataFrame:
@@ -66,8 +69,8 @@ def load_teacher(config: Settings, num_classes: int, device: torch.device) -> Cl
     return load_network(run, num_classes, run_folder(run) / "picked.safetensors").to(device).eval().requires_grad_(False)
 
 
-def _open_store(config: Settings, stream: Stream) -> TeacherStore:
-    """The store of the stream, a sample of it checked against the teacher."""
+def _open_store(config: Settings, stream: Stream, epochs: int) -> TeacherStore:
+    """The store of the stream for so many epochs, a sample of it checked against the teacher."""
     dataset, teacher = stream.batches["train"].dataset, teacher_settings(config)
 
     def recompute(epoch: int, rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -76,7 +79,7 @@ def _open_store(config: Settings, stream: Stream) -> TeacherStore:
 
     first = np.flatnonzero(stream.table.split == "train")[:1]
     shapes = {name: tuple(value.shape[1:]) for name, value in recompute(-1, first).items()}
-    store = open_store(config, stream.table, file_sha256(run_folder(teacher) / "picked.safetensors"), shapes, needs=stream.needs)
+    store = open_store(config.replace(epochs=epochs), stream.table, file_sha256(run_folder(teacher) / "picked.safetensors"), shapes, needs=stream.needs)
     if is_main() and not (config.mixup or config.cutmix):  # where images are mixed, a view depends on the rest of its batch
         check_store(store, recompute, seed=config.seed)
     barrier()
@@ -89,7 +92,7 @@ def open_stream(configs: list[Settings], table: pd.DataFrame, device: torch.devi
     with main_first():  # the decoded copy is made once
         stream = Stream(config, table, device, needs, load_teacher(config, class_count(table), device) if needs else None)
     if needs and config.teacher_store:
-        stream.store = _open_store(config, stream)
+        stream.store = _open_store(config, stream, max(one.epochs for one in configs))
     return stream
 
 
@@ -150,6 +153,13 @@ def _record_of(state: RunState, stream: Stream, measures: dict[str, float], bega
         seconds=dict(epochs=sum(row["seconds"] for row in progress.times), finish=time.perf_counter() - began))
 
 # %% ../nbs/10_train.ipynb #4fec8c7f
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished run needs, and what killed ones left half written. The folder is held."""
+    clear_generations(folder)
+    for old in (*folder.glob("picked-*.safetensors"), *folder.rglob(".*.part")):
+        old.unlink()
+
+
 def finish_run(state: RunState, stream: Stream, together: int = 1, stop: Any = None) -> None:
     """Evaluate the picked weights and write the record; then the checkpoints are no longer needed."""
     began, last = time.perf_counter(), pack_tensors(state.network.state_dict())
@@ -158,9 +168,7 @@ def finish_run(state: RunState, stream: Stream, together: int = 1, stop: Any = N
         write_metrics(state.folder, state.progress.metrics, state.progress.times)  # a kill right after the last checkpoint may have come before them
         write_bytes(state.folder / "last.safetensors", last)
         write_record(_record_of(state, stream, measures, began, together), state.folder / "record.json")
-        clear_generations(state.folder)
-        for old in state.folder.glob("picked-*.safetensors"):
-            old.unlink()
+        _tidy(state.folder)
     barrier()
 
 # %% ../nbs/10_train.ipynb #d0638934
@@ -184,6 +192,8 @@ def _held(configs: list[Settings]) -> Iterator[None]:
         for config in configs:
             if is_main():
                 stack.enter_context(locked(run_folder(config)))
+                for half in run_folder(config).rglob(".*.part"):
+                    half.unlink()  # a process that was killed left it
         barrier()
         yield
 
@@ -191,17 +201,21 @@ def _held(configs: list[Settings]) -> Iterator[None]:
 def _train(configs: list[Settings], table: pd.DataFrame, on_epoch: Watcher) -> None:
     """Start or continue the runs of one stream, whose folders are held, and finish them."""
     device = pick_device(configs[0])
-    stream, states = open_stream(configs, table, device), [start_student(config, table, device) for config in configs]
-    for state in states:
-        if state.progress.epoch == state.progress.step == 0 and is_main():
-            check_disk(state.folder, disk_needed(state, check_grid(state.student, state.config.image_size), int((table.split == "test").sum())), f"the run of {state.config.method}")
-    with interruptible() as stop:
+    with determinism(configs[0]), interruptible() as stop:
+        stream, states = open_stream(configs, table, device), [start_student(config, table, device) for config in configs]
+        fresh = [state for state in states if state.progress.epoch == state.progress.step == 0]
+        if fresh and is_main():
+            needed = sum(disk_needed(state, check_grid(state.student, state.config.image_size), int((table.split == "test").sum())) for state in fresh)
+            check_disk(fresh[0].folder, needed, f"{' and '.join(state.config.method for state in fresh)} until the end")
         fit(states, stream, on_epoch)
         try:
-            for state in states:
+            for state in going(states):
                 finish_run(state, stream, len(states), stop)
         except Interrupted as interruption:  # the last checkpoint stands until the record does
             interruption.leave()
+    for state in states:
+        if state.failure is not None:
+            raise state.failure
 
 # %% ../nbs/10_train.ipynb #18a8edb9
 def _run(configs: list[Settings], table: pd.DataFrame, on_epoch: Watcher) -> list[Record]:
@@ -217,6 +231,10 @@ def _run(configs: list[Settings], table: pd.DataFrame, on_epoch: Watcher) -> lis
         with _held(todo):
             if left := [config for config in todo if not _is_finished(config)]:  # asked again, since another process may have finished meanwhile
                 _train(left, table, on_epoch)
+    for config in configs:
+        if is_main() and any(run_folder(config).glob("checkpoint-*")):  # killed between its record and tidying up
+            with locked(run_folder(config)):
+                _tidy(run_folder(config))
     records = [read_run(config) for config in configs]
     for config, record in zip(configs, records):
         if record.data["digest"] != describe_data(table)["digest"]:
@@ -270,6 +288,8 @@ def distill_together(configs: list[Settings], on_epoch: Watcher = None) -> list[
     """The records of several students, trained side by side behind one teacher. Raises SettingsError if they do not share a stream."""
     for number, config in enumerate(configs):
         for mate in configs[:number]:
+            if run_folder(mate) == run_folder(config):
+                raise SettingsError(f"{config.method} seed {config.seed} is asked for twice")
             if apart := stream_differences(mate, config):
                 raise SettingsError(f"{config.method} seed {config.seed} cannot learn beside {mate.method} seed {mate.seed}: they differ in {', '.join(apart)}")
     return _run(configs, [check_inputs(config) for config in configs][0], on_epoch)

@@ -378,7 +378,7 @@ class Batches:
 
     def _load(self, keys: list[tuple[int, int]]) -> Crops:
         crops = self.dataset.__getitems__(keys)
-        return crops._replace(images=crops.images.pin_memory()) if self.pin else crops
+        return crops._replace(images=crops.images.pin_memory(), labels=crops.labels.pin_memory()) if self.pin else crops
 
     def __call__(self, epoch: int = -1, device: torch.device | str = "cpu") -> Iterator[Batch]:
         for crops in self.crops(epoch):

@@ -57,8 +57,13 @@ def test_teacher_notebook(papermill, tmp_path):
 def test_benchmark_notebook(papermill, tmp_path):
     done = papermill("nbs/benchmark.ipynb", tmp_path / "executed.ipynb", "-p", "smoke", "true", "-p", "max_images", "16")
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "outputs" / "benchmark" / "input.json").read_text())
-    assert {row["workers"] for row in result["rows"]} == {0, 2} and all(row["images/s"] > 0 for row in result["rows"])
+    results = {name: json.loads((tmp_path / "outputs" / "benchmark" / f"{name}.json").read_text()) for name in ("hints", "step", "input", "store", "scaling")}
+    assert {row["workers"] for row in results["input"]["rows"]} == {0, 2} and all(row["images/s"] > 0 for row in results["input"]["rows"])
+    assert all(row["operations"] <= 75 and row["host reads"] == 0 for row in results["hints"]["rows"] if row["candidate"] == "ours")
+    assert {row["note"] for row in results["step"]["rows"] if row.get("note")} <= {"not run: no GPU"}
+    assert results["store"]["bytes"]["a view, 200 classes and 14×14 cells"] == 800
+    assert {row["over"] for row in results["scaling"]["exponents"]} == {"image_size", "batch_size", "classes", "epochs"}
+    assert results["scaling"]["processes"]["largest difference of a weight"] < 1e-4
 
 
 @pytest.mark.parametrize("words, message", [

@@ -57,7 +57,7 @@ def test_public_name(name):
 
 
 def test_modules_import_only_from_above():
-    order = ["config", "synthetic", "data", "images", "views", "download", "models", "maps", "losses", "methods", "evaluate", "processes", "records", "checkpoint", "store", "watch", "step", "loop", "train", "figures", "benchmark", "cli"]
+    order = ["config", "synthetic", "data", "images", "views", "download", "models", "maps", "losses", "methods", "evaluate", "processes", "records", "checkpoint", "store", "watch", "step", "loop", "train", "figures", "benchmark", "benchmark_training", "cli"]
     for place, module in enumerate(order):
         text = (ROOT / "ctrlscam" / f"{module}.py").read_text(encoding="utf-8")
         used = set(re.findall(r"^from \.(\w+) import", text, re.M))

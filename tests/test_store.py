@@ -68,7 +68,7 @@ def test_a_killed_writer_leaves_a_store_that_continues(tmp_path):
     assert any(0 < count < 2 * rows for count in found), "no child was killed while it wrote"
     write_all(tmp_path, rows)
     assert store.coverage(0) == store.coverage(1) == 1
-    assert check_store(store, said, sample=10**6) == 2 * rows
+    assert check_store(store, said, sample=10**6) == 2 * 2 * rows
     assert (tmp_path / "map.bin").stat().st_size == 2 * rows * record_bytes(dict(map=(14, 14)))
 
 
@@ -84,7 +84,7 @@ def test_two_processes_write_one_store_at_once(tmp_path):
         assert_right(store, looks % 2, random.Random(looks).sample(range(rows), 64))
         looks += 1
     assert looks and [child.exitcode for child in children] == [0] * 4
-    assert store.coverage() == 1 and check_store(store, said, sample=10**6) == 2 * rows
+    assert store.coverage() == 1 and check_store(store, said, sample=10**6) == 2 * 2 * rows
 
 
 def test_processes_that_open_one_store_at_once_agree_on_it(tmp_path):
