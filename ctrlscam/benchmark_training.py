@@ -652,32 +652,32 @@ def time_growth(case: Case, config: Settings, growing: dict[str, tuple[int, ...]
     return rows
 
 # %% ../nbs/12a_benchmark_training.ipynb #4eeeccf8
-def _run_processes(count: int, words: list[str], folder: Path) -> Path:
-    """Train a teacher with `count` processes that share the cores of this machine; returns its run folder. Raises CalledProcessError."""
+def _run_processes(count: int, threads: int, words: list[str], folder: Path) -> Path:
+    """Train a teacher with `count` processes of so many threads; returns its run folder. Raises CalledProcessError."""
     launcher = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, *launcher, "-m", "ctrlscam.cli", "teacher", *words, "-p", "output_dir", str(folder)]
-    threads = str(max(1, (os.cpu_count() or 2) // count))
-    subprocess.run(command, cwd=project_root(), env={**os.environ, "OMP_NUM_THREADS": threads}, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    subprocess.run(command, cwd=project_root(), env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return next(folder.rglob("record.json")).parent
 
 
 def time_processes(config: Settings, *, rounds: int = 3) -> dict[str, Any]:
     """Images a second of training on one process and on two that share each batch, in turn, and how far their results differ. On the CPU."""
-    few = dict(max_images=60, teacher_epochs=1) if config.smoke else dict(teacher_epochs=2)
-    given = dict(dataset="synthbirds", accumulate=2, device="cpu", data_dir=(project_root() / config.data_dir).resolve(), **few)
-    words = [word for name, value in given.items() for word in ("-p", name, str(value))]
-    rates, ends = {1: [], 2: []}, {}
+    given = dict(dataset="synthbirds", accumulate=2, device="cpu", data_dir=(project_root() / config.data_dir).resolve()) | (dict(smoke=True) if config.smoke else dict(teacher_epochs=2))
+    words, cores = [word for name, value in given.items() for word in ("-p", name, str(value))], os.cpu_count() or 2
+    ways = {"one": (1, cores), "one, half of the threads": (1, max(1, cores // 2)), "two": (2, max(1, cores // 2))}
+    rates, weights, losses = {name: [] for name in ways}, {}, {}
     for _ in range(rounds):
-        for count in rates:
+        for name, (count, threads) in ways.items():
             with tempfile.TemporaryDirectory() as folder:
-                run = _run_processes(count, words, Path(folder))
-                rates[count].append(float(pd.read_csv(run / "times.csv").images_per_second.iloc[-1]))
-                ends[count] = load_file(run / "last.safetensors"), pd.read_csv(run / "metrics.csv").val_loss.iloc[-1]
-    (one, one_loss), (two, two_loss) = ends.values()
-    return {"images/s on 1 process": float(np.median(rates[1])), "images/s on 2 processes": float(np.median(rates[2])),
-            "2 processes over 1, times": float(np.median(np.array(rates[2]) / rates[1])), "rounds": rounds,
-            "largest difference of a weight": max(float((one[name].double() - two[name].double()).abs().max()) for name in one),
-            "difference of the validation loss": float(abs(one_loss - two_loss))}
+                run = _run_processes(count, threads, words, Path(folder))
+                rates[name].append(float(pd.read_csv(run / "times.csv").images_per_second.iloc[-1]))
+                weights[name], losses[name] = load_file(run / "last.safetensors"), float(pd.read_csv(run / "metrics.csv").test_loss.iloc[-1])
+    whole, half, two = weights.values()
+    return {**{f"images/s, {name}": float(np.median(values)) for name, values in rates.items()}, "rounds": rounds, "cores": cores,
+            "two processes over one, times": float(np.median(np.array(rates["two"]) / rates["one"])),
+            "largest difference of a weight, same threads": max(float((half[name].double() - two[name].double()).abs().max()) for name in half),
+            "largest difference of a weight, all threads": max(float((whole[name].double() - two[name].double()).abs().max()) for name in whole),
+            "difference of the test loss, all threads": losses["two"] - losses["one"]}
 
 # %% ../nbs/12a_benchmark_training.ipynb #269475ba
 def _file_sizes(run: Path, store: Path) -> dict[str, int]:
