@@ -36,6 +36,17 @@ from .step import Progress, RunState, Stream, build_schedule, explain_memory, se
 from .views import Batch
 from .watch import Watchers, open_watchers, write_autopsy, write_metrics
 
+# %% ../nbs/09e_loop.ipynb #3d0285b6
+def _autopsy(state: RunState, stream: Stream, epoch: int, step: int, wrong: list[str], rows: list[dict[str, float]]) -> Path:
+    """Write the bundle: this process's part of the batch of `step` once more, and what is known about it."""
+    lessons = next(stream.lessons(epoch, step))
+    tensors = {"images": torch.cat([lesson.batch.images for lesson in lessons]), "labels": torch.cat([lesson.batch.labels for lesson in lessons])}
+    tensors |= {f"teacher.{name}": torch.cat([lesson.teaching[name] for lesson in lessons]) for name in stream.needs}
+    paths = stream.table.path.iloc[torch.cat([lesson.batch.rows for lesson in lessons]).tolist()].tolist()
+    report = dict(terms=wrong, epoch=epoch, step=step, learning_rate=max(group["lr"] for group in state.optimizer.param_groups), loss_scale=state.scaler.get_scale(),
+                  identity=run_identity(state.config), seed=state.config.seed, paths=paths, steps=rows)
+    return write_autopsy(state.folder, report, tensors)
+
 # %% ../nbs/09e_loop.ipynb #d22d7603
 LOOK_STEPS = 25  # steps between two looks at the terms where that makes the device wait
 
@@ -69,17 +80,6 @@ def _stop_on(state: RunState, stream: Stream, epoch: int, step: int, votes: list
     kept = "The last checkpoint is good" if any(state.folder.glob("checkpoint-*.json")) else "There is no checkpoint yet"
     raise FloatingPointError(f"{config.method} seed {config.seed}, epoch {epoch + 1}, step {step}: the loss term {', '.join(wrong) or 'of another process'} is not finite. {kept}; "
                              f"the batch and the last terms are in {where}. Lower the learning rate, or look at the images named there, and run again.")
-
-
-def _autopsy(state: RunState, stream: Stream, epoch: int, step: int, wrong: list[str], rows: list[dict[str, float]]) -> Path:
-    """Write the bundle: this process's part of the batch of `step` once more, and what is known about it."""
-    lessons = next(stream.lessons(epoch, step))
-    tensors = {"images": torch.cat([lesson.batch.images for lesson in lessons]), "labels": torch.cat([lesson.batch.labels for lesson in lessons])}
-    tensors |= {f"teacher.{name}": torch.cat([lesson.teaching[name] for lesson in lessons]) for name in stream.needs}
-    paths = stream.table.path.iloc[torch.cat([lesson.batch.rows for lesson in lessons]).tolist()].tolist()
-    report = dict(terms=wrong, epoch=epoch, step=step, learning_rate=max(group["lr"] for group in state.optimizer.param_groups), loss_scale=state.scaler.get_scale(),
-                  identity=run_identity(state.config), seed=state.config.seed, paths=paths, steps=rows)
-    return write_autopsy(state.folder, report, tensors)
 
 # %% ../nbs/09e_loop.ipynb #1fb60f54
 WATCHED_IMAGES = 256  # validation images whose maps are kept for each epoch
@@ -214,7 +214,7 @@ def attempt(states: list[RunState], state: RunState, action: Callable[[], None])
         if not going(states):
             raise
 
-
+# %% ../nbs/09e_loop.ipynb #c8775cdb
 class Clock:
     """When the next checkpoint within an epoch is due."""
 
@@ -355,7 +355,7 @@ def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFram
             if states[k].failure is None:
                 _announce(states[k], row, watchers[k], on_epoch)
 
-
+# %% ../nbs/09e_loop.ipynb #eeba775a
 def fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> None:
     """Train all `states` on one stream from where they are to their last epochs. On a request to stop it saves and leaves.
 
