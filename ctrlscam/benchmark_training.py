@@ -236,7 +236,7 @@ def bf16_hints(config: Settings, device: torch.device, steps: int = 150) -> list
     """`hint_precision` of a trained network on images, and of an untrained one of the same kind on noise. Warns if the trained one falls below 0.999."""
     title, network, batch = trained_teacher(config, device, steps)
     torch.manual_seed(0)
-    fresh = Classifier(network.name, network.num_classes).to(device).train()
+    fresh = Classifier(network.name, network.num_classes).to(device)
     noise = torch.randn_like(batch.images)
     rows = [dict(network=title, **hint_precision(network, batch.images, batch.labels)), dict(network="random weights, noise", **hint_precision(fresh, noise, batch.labels))]
     if rows[0]["mean"] < 0.999:
@@ -379,7 +379,6 @@ def our_step(config: Settings, classes: int, batch: Batch, teacher: Classifier, 
         train_epoch(states, stream, 0, stop, clock)
         for state in states:
             state.progress.step = 0
-            state.optimizer.zero_grad()
         return steps * students * len(batch.labels)
 
     return work
@@ -466,6 +465,7 @@ def step_ways(case: Case, config: Settings, device: torch.device, folder: Path) 
             floors[f"floor: {title} alone, {precision}"] = networks_alone(one, build_student(one, case.classes).to(device), asked, batch)
     if config.compile:
         ways[f"ours, {precision}, compiled"] = our_step(one.replace(compile=True), case.classes, batch, _frozen_teacher(plain, case.classes, device))
+    # Compiled, and four at once, in the last precision only: bf16 where it is quick.
     singles = [our_step(one, case.classes, batch, teacher) for _ in range(4)]
     ways[f"{APART}, {precision}"] = lambda: sum(work() for work in singles)
     ways[f"{TOGETHER}, {precision}"] = our_step(one, case.classes, batch, teacher, students=4)
@@ -700,7 +700,7 @@ def weigh_run(config: Settings, device: torch.device, epochs: int) -> list[dict[
         fit([start_run(config, table, run, device)], stream, lambda metrics: rows.append({"epochs": len(metrics), **_file_sizes(run, kept)}))
     return rows
 
-
+# %% ../nbs/12a_benchmark_training.ipynb #effbc5ba
 def exponent(x: list[float], y: list[float]) -> float:
     """Slope of the straight line through the logarithms of the points: k of y = c·xᵏ."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
@@ -728,7 +728,7 @@ def scaling_table(result: dict[str, Any]) -> pd.DataFrame:
 
 
 def _power_lines(ax: Any, x: list[float], lines: dict[str, list[float]], xlabel: str) -> None:
-    """Points on doubly logarithmic paper, each with its power law."""
+    """Points on doubly logarithmic axes, each set with its power law."""
     for number, (name, y) in enumerate(lines.items()):
         slope = exponent(x, y)
         level = np.exp(np.mean(np.log(y)) - slope * np.mean(np.log(x)))

@@ -48,7 +48,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for other progr
 # %% ../nbs/14_cli.ipynb #6edfff65
 @contextmanager
 def _one_message(*more: type[Exception]) -> Iterator[None]:
-    """Turn the errors that can happen to anybody, and those of `more`, into a message and exit code 1."""
+    """Turn the expected errors, and those of `more`, into a message and exit code 1."""
     from ctrlscam.data import DataError
     from ctrlscam.download import DownloadError
     try:

@@ -392,8 +392,10 @@ def identity_hash(identity: dict[str, Any]) -> str:
 def teacher_settings(config: Settings) -> Settings:
     """The run that trains the teacher of `config`: cross-entropy alone, the teacher in the student's place, on all training images."""
     return config.replace(
-        method="ce", seed=config.seed if config.teacher_seed is None else config.teacher_seed, teacher_seed=None, teacher_store=False, stream_seed=None, train_classes=None, train_share=None, student=config.teacher, student_weights=config.teacher_weights, student_output_stride=config.teacher_output_stride,
-        student_frozen_batchnorm=config.teacher_frozen_batchnorm, student_layer_decay=config.teacher_layer_decay, epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate)
+        method="ce", seed=config.seed if config.teacher_seed is None else config.teacher_seed, teacher_seed=None, teacher_store=False, stream_seed=None,
+        train_classes=None, train_share=None, student=config.teacher, student_weights=config.teacher_weights, student_output_stride=config.teacher_output_stride,
+        student_frozen_batchnorm=config.teacher_frozen_batchnorm, student_layer_decay=config.teacher_layer_decay,
+        epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate)
 
 
 def baseline_settings(config: Settings) -> Settings:

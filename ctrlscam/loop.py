@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK_STEPS', 'WATCHED_IMAGES', 'look_at_terms', 'evaluate_split', 'split_maps', 'save_array', 'watch_epoch',
-           'run_tensors', 'save_checkpoint', 'resume', 'disk_needed', 'going', 'attempt', 'Clock', 'train_epoch',
-           'finish_epoch', 'determinism', 'fit']
+           'run_tensors', 'check_tensors', 'save_checkpoint', 'resume', 'disk_needed', 'going', 'leave_out', 'Clock',
+           'train_epoch', 'finish_epoch', 'determinism', 'fit']
 
 # %% ../nbs/09e_loop.ipynb #97cf35bc
 import io
@@ -32,19 +32,19 @@ from .maps import standardize_maps
 from .models import Classifier
 from .processes import any_process, barrier, gather_rows, is_main, rank, sum_over_processes, world_size
 from .records import run_identity
-from .step import Progress, RunState, Stream, build_schedule, explain_memory, seeded, train_step, wide
+from .step import Progress, RunState, Stream, build_schedule, explain_memory, seeded, train_step, sum_dtype
 from .views import Batch
 from .watch import Watchers, open_watchers, write_autopsy, write_metrics
 
 # %% ../nbs/09e_loop.ipynb #3d0285b6
-def _autopsy(state: RunState, stream: Stream, epoch: int, step: int, wrong: list[str], rows: list[dict[str, float]]) -> Path:
+def _autopsy(state: RunState, stream: Stream, epoch: int, step: int, wrong: list[str]) -> Path:
     """Write the bundle: this process's part of the batch of `step` once more, and what is known about it."""
     lessons = next(stream.lessons(epoch, step))
     tensors = {"images": torch.cat([lesson.batch.images for lesson in lessons]), "labels": torch.cat([lesson.batch.labels for lesson in lessons])}
     tensors |= {f"teacher.{name}": torch.cat([lesson.teaching[name] for lesson in lessons]) for name in stream.needs}
     paths = stream.table.path.iloc[torch.cat([lesson.batch.rows for lesson in lessons]).tolist()].tolist()
     report = dict(terms=wrong, epoch=epoch, step=step, learning_rate=max(group["lr"] for group in state.optimizer.param_groups), loss_scale=state.scaler.get_scale(),
-                  identity=run_identity(state.config), seed=state.config.seed, paths=paths, steps=rows)
+                  identity=run_identity(state.config), seed=state.config.seed, paths=paths, steps=state.seen)
     return write_autopsy(state.folder, report, tensors)
 
 # %% ../nbs/09e_loop.ipynb #d22d7603
@@ -56,29 +56,30 @@ def look_at_terms(state: RunState, stream: Stream, epoch: int) -> None:
     values = torch.stack([value for _, terms in state.recent for value in terms.values()]).tolist() if state.recent else []  # the one place that waits for the device
     rows = []
     for step, terms in state.recent:
-        rows.append(dict(step=step, **dict(zip(terms, values))))
+        rows.append(dict(epoch=epoch, step=step, **dict(zip(terms, values))))
         values = values[len(terms):]
     state.recent.clear()
+    state.seen = [*state.seen, *rows][-LOOK_STEPS:]
     bad = next((row["step"] for row in rows if not all(map(math.isfinite, row.values()))), -1)
     votes = gather_rows(torch.tensor([bad]))[0].tolist()  # each process sees its own parts only
     if max(votes) >= 0:
-        _stop_on(state, stream, epoch, min(vote for vote in votes if vote >= 0), votes, rows)
+        _stop_on(state, stream, epoch, min(vote for vote in votes if vote >= 0), votes)
 
 
-def _stop_on(state: RunState, stream: Stream, epoch: int, step: int, votes: list[int], rows: list[dict[str, float]]) -> None:
+def _stop_on(state: RunState, stream: Stream, epoch: int, step: int, votes: list[int]) -> None:
     """Have the first process that saw it write the autopsy of `step`; raise FloatingPointError in all."""
     where, wrong, config = state.folder / "autopsy", [], state.config
     if rank() == votes.index(step):
-        row = next(row for row in rows if row["step"] == step)
+        row = next(row for row in state.seen if (row["epoch"], row["step"]) == (epoch, step))
         wrong = [name for name, value in row.items() if not math.isfinite(value)]
         wrong = [name for name in wrong if name != "total"] or wrong
         try:
-            where = _autopsy(state, stream, epoch, step, wrong, rows)
+            where = _autopsy(state, stream, epoch, step, wrong)
         except OSError as error:  # a full disk must not hide what went wrong first
             where = f"no bundle, since it could not be written ({error})"
     barrier()
     kept = "The last checkpoint is good" if any(state.folder.glob("checkpoint-*.json")) else "There is no checkpoint yet"
-    raise FloatingPointError(f"{config.method} seed {config.seed}, epoch {epoch + 1}, step {step}: the loss term {', '.join(wrong) or 'of another process'} is not finite. {kept}; "
+    raise FloatingPointError(f"{config.method} seed {config.seed}, epoch {epoch + 1}, step {step + 1}: the loss term {', '.join(wrong) or 'of another process'} is not finite. {kept}; "
                              f"the batch and the last terms are in {where}. Lower the learning rate, or look at the images named there, and run again.")
 
 # %% ../nbs/09e_loop.ipynb #1fb60f54
@@ -86,7 +87,7 @@ WATCHED_IMAGES = 256  # validation images whose maps are kept for each epoch
 
 
 def _gather_once(index: Tensor, labels: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """The rows of all processes; an image that a process without a batch of its own looked at as well counts once."""
+    """The rows of all processes, each image once: a process without a batch of its own repeats one image."""
     if world_size() == 1:
         return index, labels, values
     index, labels, values = gather_rows(index, labels, values)
@@ -96,7 +97,7 @@ def _gather_once(index: Tensor, labels: Tensor, values: Tensor) -> tuple[Tensor,
 
 
 def _until_stopped(batches: Iterator[Batch], stop: Stop | None) -> Iterator[Batch]:
-    """The batches, as long as nobody asks to stop. Several processes cannot stop one by one here; they do so at their next step."""
+    """The batches; a single process raises Interrupted between two of them if it was asked to stop. Several must stop together, at their next step."""
     for batch in batches:
         if stop is not None and world_size() == 1:
             stop.check()
@@ -125,7 +126,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def watch_epoch(state: RunState, stream: Stream, epoch: int, stop: Stop | None = None) -> dict[str, float]:
-    """Accuracy on validation and test after `epoch`; stores the maps of the watched validation images."""
+    """Accuracies (shares of 1) and losses on validation and test after `epoch`; stores the maps of the first `WATCHED_IMAGES` validation images."""
     val, test = (summary(evaluate_split(state.network, stream, split, stop)) for split in ("val", "test"))
     maps = split_maps(state.network, stream, "val", WATCHED_IMAGES, stop)
     if is_main():
@@ -134,7 +135,7 @@ def watch_epoch(state: RunState, stream: Stream, epoch: int, stop: Stop | None =
 
 # %% ../nbs/09e_loop.ipynb #848d0389
 def _parts(state: RunState) -> dict[str, nn.Module]:
-    """The modules whose tensors belong into a checkpoint."""
+    """The modules whose tensors belong in a checkpoint."""
     return dict(student=state.student, objective=state.objective) | ({} if state.ema is None else dict(ema=state.ema.module))
 
 
@@ -146,16 +147,21 @@ def run_tensors(state: RunState) -> dict[str, Tensor]:
     return tensors | {f"sums.{name}": value for name, value in state.sums.items()}
 
 
+def check_tensors(state: RunState) -> None:
+    """Raise FloatingPointError in all processes if anything that training changes is not finite: an infinite gradient can come from finite losses."""
+    tensors = run_tensors(state)
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
+    wrong = [name for name, whole in zip(tensors, finite) if not whole]
+    if any_process(bool(wrong)):
+        raise FloatingPointError(f"{state.config.method} seed {state.config.seed}: {', '.join(wrong[:3])} is not finite although the losses were. It is not saved, the checkpoint before it "
+                                 "stays. Lower the learning rate and run again.")
+
+
 def save_checkpoint(state: RunState) -> None:
-    """Write a generation. All processes must call it, since the sums are theirs together; the main one writes."""
+    """Write a generation. All processes must call it, since the sums are over all of them; the main one writes. Raises OSError for a full disk."""
     sums = {name: value.clone() for name, value in state.sums.items()}
     sum_over_processes([value for name, value in sums.items() if name != "skipped"])  # all processes leave out the same steps
     progress, tensors = state.progress, run_tensors(state) | {f"sums.{name}": value for name, value in sums.items()}
-    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
-    wrong = [name for name, whole in zip(tensors, finite) if not whole]
-    if any_process(bool(wrong)):  # an infinite gradient can come from finite losses
-        raise FloatingPointError(f"{state.config.method} seed {state.config.seed}: {', '.join(wrong[:3])} is not finite although the losses were. It is not saved, the checkpoint before it "
-                                 "stays. Lower the learning rate and run again.")
     if not is_main():
         return
     facts = dict(identity=run_identity(state.config), seed=state.config.seed, progress=asdict(progress), scaler=state.scaler.state_dict(), tensors=list(tensors))
@@ -201,18 +207,17 @@ def disk_needed(state: RunState, grid: tuple[int, int], test_images: int) -> int
 
 # %% ../nbs/09e_loop.ipynb #a950cbef
 def going(states: list[RunState]) -> list[RunState]:
-    """Those that nothing keeps from going on."""
+    """The states without a failure."""
     return [state for state in states if state.failure is None]
 
 
-def attempt(states: list[RunState], state: RunState, action: Callable[[], None]) -> None:
-    """Do something for one of several students. If its numbers are not finite, it is left out from here on; the error is raised if no other can go on."""
-    try:
-        action()
-    except FloatingPointError as error:
-        state.failure = error
-        if not going(states):
-            raise
+def leave_out(states: list[RunState], look: Callable[[RunState], None]) -> None:
+    """Call `look` for each state that is going; one for which it raises FloatingPointError is left out from here on."""
+    for state in going(states):
+        try:
+            look(state)
+        except FloatingPointError as error:
+            state.failure = error
 
 # %% ../nbs/09e_loop.ipynb #c8775cdb
 class Clock:
@@ -222,26 +227,28 @@ class Clock:
         self.minutes, self.last = minutes, time.monotonic()
 
     def due(self) -> bool:
-        """Whether `minutes` have passed since the last one; several processes follow the main one."""
+        """Whether `minutes` have passed since the last one, by the clock of the main process; starts the next interval if so."""
         passed = any_process(is_main() and time.monotonic() - self.last >= 60 * self.minutes)
         self.last = time.monotonic() if passed else self.last
         return passed
 
 
-def _end_of_step(states: list[RunState], stream: Stream, epoch: int, stop: Stop, clock: Clock) -> None:
-    """Look at the terms, write checkpoints if they are due, stop if that was asked for. Raises FloatingPointError once no student can go on."""
-    for state in going(states):
-        attempt(states, state, lambda: look_at_terms(state, stream, epoch))
-    if clock.due():
+def _end_of_step(states: list[RunState], stream: Stream, epoch: int, last: bool, stop: Stop, clock: Clock) -> None:
+    """Leave out whose numbers are not finite, write checkpoints if they are due, raise Interrupted if the process was asked to stop. `last` is for the last step of an epoch."""
+    leave_out(states, lambda state: look_at_terms(state, stream, epoch))
+    due, asked = clock.due(), any_process(stop.signal is not None)
+    if due or asked or last:
+        leave_out(states, check_tensors)
+    if due:
         for state in going(states):
-            attempt(states, state, lambda: save_checkpoint(state))
-    if any_process(stop.signal is not None):
+            save_checkpoint(state)
+    if asked:
         stop.signal = stop.signal or signal.SIGTERM
         stop.check()
 
 # %% ../nbs/09e_loop.ipynb #f85a9b04
 def train_epoch(states: list[RunState], stream: Stream, epoch: int, stop: Stop, clock: Clock) -> None:
-    """What is left of `epoch` for all `states`, step by step. Raises FloatingPointError, MemoryError or Interrupted."""
+    """What is left of `epoch` for all `states`, step by step. Raises MemoryError, OSError or Interrupted; a state whose numbers are not finite has its `failure` set."""
     for state in states:
         state.student.train()
         state.objective.train()
@@ -259,13 +266,15 @@ def train_epoch(states: list[RunState], stream: Stream, epoch: int, stop: Stop, 
                     state.recent.append((step, terms))
                 state.progress.step = step + 1
         if (step + 1) % every == 0 or step + 1 == last or (stop.signal is not None and world_size() == 1):
-            _end_of_step(states, stream, epoch, stop, clock)
+            _end_of_step(states, stream, epoch, step + 1 == last, stop, clock)
         for state in learners:
             state.progress.spent += (time.perf_counter() - began) / len(learners)
+        if not going(states):
+            return
 
 # %% ../nbs/09e_loop.ipynb #05abf021
 def _better(row: dict[str, float], best: dict[str, float]) -> bool:
-    """Whether validation prefers `row` to `best`."""
+    """Whether `row` is better on validation than `best`: higher top-1, then lower loss."""
     return (row["val_top1"], -row["val_loss"]) > (best["val_top1"], -best["val_loss"])
 
 
@@ -279,14 +288,14 @@ def _epoch_line(config: Settings, row: dict[str, float], seconds: float) -> str:
 def _epoch_means(state: RunState, stream: Stream) -> dict[str, float]:
     """Means of each term, of their sum and of top-1 over the images of all processes, and the number of steps that the scaler left out."""
     images = len(stream.batches["train"].sampler.rows)
-    sums = {name: value.to(wide(state.device), copy=True) for name, value in state.sums.items() if name != "skipped"}
+    sums = {name: value.to(sum_dtype(state.device), copy=True) for name, value in state.sums.items() if name != "skipped"}
     sum_over_processes(list(sums.values()))
     means = {f"train_{name}": float(value) / images for name, value in sums.items()}
     return means | ({"skipped_steps": int(state.sums["skipped"])} if "skipped" in state.sums else {})
 
 # %% ../nbs/09e_loop.ipynb #71b4e0f4
 def finish_epoch(state: RunState, stream: Stream, epoch: int, stop: Stop | None) -> dict[str, float]:
-    """Look at the epoch that was trained and write it down; returns its row of metrics."""
+    """Evaluate after `epoch`, write the weights if they are the best so far, and move `progress` to the next epoch; returns the row of metrics. Raises Interrupted."""
     began, progress = time.perf_counter(), state.progress
     row = {"epoch": epoch, "learning_rate": max(group["lr"] for group in state.optimizer.param_groups), **_epoch_means(state, stream), **watch_epoch(state, stream, epoch, stop)}
     if progress.picked is None or _better(row, progress.metrics[progress.picked]):
@@ -330,7 +339,7 @@ def determinism(config: Settings) -> Iterator[None]:
 
 # %% ../nbs/09e_loop.ipynb #c7f4c4a3
 def _announce(state: RunState, row: dict[str, float], watchers: Watchers, on_epoch: Callable[[pd.DataFrame], None] | None) -> None:
-    """Tell everyone who watches about an epoch."""
+    """Give the metrics of an epoch to trackers, printed log and `on_epoch`."""
     watchers.log({name: value for name, value in row.items() if name != "epoch"}, row["epoch"])
     if is_main():
         print(_epoch_line(state.config, row, state.progress.times[-1]["seconds"]), flush=True)
@@ -339,7 +348,7 @@ def _announce(state: RunState, row: dict[str, float], watchers: Watchers, on_epo
 
 
 def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame], None] | None, stop: Stop, watchers: list[Watchers]) -> None:
-    """Epoch after epoch until every state has all of its own."""
+    """Epoch after epoch until every state has trained as many as its settings say."""
     schedules, clock = [build_schedule(state.optimizer, state.config) for state in states], Clock(states[0].config.checkpoint_minutes)
     while left := [state.progress.epoch for state in going(states) if state.progress.epoch < state.config.epochs]:
         epoch = min(left)
@@ -348,11 +357,9 @@ def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFram
             schedules[k].step(epoch)
         train_epoch([states[k] for k in learners], stream, epoch, stop, clock)
         for k in learners:
-            if states[k].failure is not None:
-                continue
-            row = finish_epoch(states[k], stream, epoch, stop)
-            attempt(states, states[k], lambda: _write_epoch(states[k]))
             if states[k].failure is None:
+                row = finish_epoch(states[k], stream, epoch, stop)
+                _write_epoch(states[k])
                 _announce(states[k], row, watchers[k], on_epoch)
 
 # %% ../nbs/09e_loop.ipynb #eeba775a
@@ -365,6 +372,8 @@ def fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame
     with interruptible() as stop, seeded("loop"):
         try:
             _fit(states, stream, on_epoch, stop, watchers)
+            if not going(states):
+                raise states[0].failure
         except Interrupted as interruption:
             for state in going(states):
                 save_checkpoint(state)

@@ -32,7 +32,7 @@ TEACHINGS: dict[str, Callable[..., Tensor]] = {
 
 
 def teach(outputs: Outputs, labels: Tensor, needs: Needs) -> Teaching:
-    """What `needs` asks for, made from the teacher's outputs for images with the given labels B; float32 or wider."""
+    """What `needs` asks for, made from the teacher's outputs for images with the given labels B; float32 or wider, shapes as in `TEACHINGS`. Raises KeyError for an unknown need."""
     return {name: full_precision(TEACHINGS[name](outputs, labels, **options)) for name, options in needs.items()}
 
 # %% ../nbs/07_methods.ipynb #4a0532ec

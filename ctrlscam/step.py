@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seeded', 'build_student', 'load_network', 'build_optimizer', 'build_schedule', 'autocast', 'Lesson', 'Stream',
-           'joint_needs', 'Progress', 'RunState', 'start_run', 'part_terms', 'wide', 'SharedStatistics', 'train_step',
-           'explain_memory']
+           'joint_needs', 'Progress', 'RunState', 'start_run', 'part_terms', 'sum_dtype', 'SharedStatistics',
+           'train_step', 'explain_memory']
 
 # %% ../nbs/09d_step.ipynb #b5e654a9
 import math
@@ -62,7 +62,7 @@ def build_student(config: Settings, num_classes: int) -> Classifier:
 
 
 def load_network(config: Settings, num_classes: int, path: Path) -> Classifier:
-    """The network of `config` with the weights that a run stored in `path`; every tensor must be there."""
+    """The network of `config` with the weights that a run stored in `path`. Raises RuntimeError that lists the tensors if they are not exactly those of the network."""
     network = build_student(config.replace(student_weights="scratch"), num_classes)
     network.load_state_dict(load_file(path))
     return network
@@ -76,7 +76,7 @@ def build_optimizer(student: Classifier, objective: nn.Module, config: Settings)
         groups = [{"params": [parameter for parameter in student.parameters() if parameter.requires_grad]}]
     if own := list(objective.parameters()):
         groups.append({"params": own})
-    # One kernel for all parameters on a GPU; there it also takes the loss scale of fp16 without asking the host.
+    # On a GPU one kernel moves all parameters, and it divides by the loss scale of fp16 without waiting for the host.
     common = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=student.linear.weight.is_cuda or None)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **common)
@@ -121,13 +121,13 @@ class Stream:
 
     @torch.inference_mode()
     def ask(self, batch: Batch) -> Teaching:
-        """What the teacher says about a batch on the device; tensors of inference mode."""
+        """What the teacher says about a batch on the device, as tensors of inference mode (`needs` names them, `teach` in methods gives their shapes)."""
         with autocast(self.config, self.device):
             outputs = self.teacher(batch.images)
         return teach(outputs, batch.labels, self.needs)
 
     def teach(self, batch: Batch, epoch: int) -> Teaching:
-        """The same as tensors that a loss can use, from the store if there is one. A view that is not stored yet is stored now."""
+        """The same as tensors that a loss can use, from the store if there is one; a view that it lacks is added. Raises StoreError if that cannot be read back, OSError for a full disk."""
         if not self.needs:
             return {}
         if self.store is None:
@@ -135,11 +135,11 @@ class Stream:
         rows = batch.rows.numpy()
         if (said := self.store.read(epoch, rows)) is None:
             self.store.write(epoch, rows, self.ask(batch))
-            said = self.store.read(epoch, rows)  # in half precision; what was stored of this batch before is what counts
+            said = self.store.read(epoch, rows)  # read back, since records that were there before stand, and all are in half precision
         if said is None:
             raise StoreError(f"{self.store.folder}: what was written for rows {rows[:5].tolist()} in epoch {epoch} cannot be read back; is the disk in order?")
         if self.device.type == "cuda":
-            said = {name: value.pin_memory() for name, value in said.items()}  # a copy from elsewhere would make the host wait
+            said = {name: value.pin_memory() for name, value in said.items()}  # from other memory the copy would make the host wait
         return {name: value.to(self.device, non_blocking=True).float() for name, value in said.items()}
 
     def lessons(self, epoch: int, first_step: int = 0) -> Iterator[list[Lesson]]:
@@ -166,7 +166,7 @@ class Progress:
     step: int = 0              # finished steps of the epoch
     picked: int | None = None
     watched: int | None = None
-    resumed: int = 0
+    resumed: int = 0           # how often the run was continued
     spent: float = 0.0         # seconds in the epoch so far
     metrics: list[dict[str, float]] = field(default_factory=list)
     times: list[dict[str, float]] = field(default_factory=list)
@@ -187,6 +187,7 @@ class RunState:
     progress: Progress = field(default_factory=Progress)
     sums: dict[str, Tensor] = field(default_factory=dict)               # of the epoch so far, over images
     recent: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)  # steps and their terms, not yet looked at
+    seen: list[dict[str, float]] = field(default_factory=list)          # terms of the last steps that were looked at
     failure: FloatingPointError | None = None                           # why it cannot go on, if it cannot
     trained: list[bool] | None = None                                   # which parameters get gradients, once several processes have agreed
 
@@ -197,7 +198,7 @@ class RunState:
 
 # %% ../nbs/09d_step.ipynb #bfbb401d
 def start_run(config: Settings, table: pd.DataFrame, folder: Path, device: torch.device, student: Classifier | None = None) -> RunState:
-    """A run at its beginning: networks on the device, optimiser ready. `student` starts from other weights than the initial ones."""
+    """A run at its beginning: networks on the device, optimiser ready. `student` is given if it does not start from its initial weights."""
     student = build_student(config, class_count(table)) if student is None else student
     check_grid(student, config.image_size)
     student.to(device)
@@ -222,8 +223,8 @@ def part_terms(state: RunState, lesson: Lesson) -> tuple[dict[str, Tensor], Tens
     return terms, (student.logits.detach().argmax(1) == batch.labels).sum()
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """The type of sums over an epoch: with 53 bits they are the same in whatever order and grouping. Apple's GPUs have 24."""
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type of sums over an epoch: float64, so that order and grouping do not show in them; float32 on Apple's GPUs, which have no wider one."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -233,13 +234,13 @@ def _study_part(state: RunState, lesson: Lesson) -> dict[str, Tensor]:
     total = sum(terms.values())
     state.scaler.scale(total * lesson.batch.share).backward()
     seen = {name: value.detach() for name, value in {**terms, "total": total}.items()}
-    for name, value in {**{name: value.to(wide(state.device)) * len(lesson.batch.labels) for name, value in seen.items()}, "top1": correct}.items():
+    for name, value in {**{name: value.to(sum_dtype(state.device)) * len(lesson.batch.labels) for name, value in seen.items()}, "top1": correct}.items():
         state.sums[name] = state.sums[name] + value if name in state.sums else value
     return {name: value * lesson.batch.share for name, value in seen.items()}
 
 # %% ../nbs/09d_step.ipynb #937e7c94
 class SharedStatistics:
-    """BatchNorm's running statistics of some modules over one step: `begin`, then `after_part` for each part, then `end`."""
+    """BatchNorm's running statistics of some modules over one step: made before the first part, then `after_part` for each part, then `end`."""
 
     def __init__(self, *modules: nn.Module) -> None:
         norms = [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training and norm.track_running_stats]
@@ -249,7 +250,7 @@ class SharedStatistics:
         self.sums = [torch.zeros_like(value) for value in self.values]
 
     def after_part(self, share: float) -> None:
-        """Take up what a part has made of the statistics, and put them back."""
+        """Add what a part with this `share` of the batch has made of the statistics, and put them back."""
         if self.values:
             torch._foreach_add_(self.sums, self.values, alpha=share)
             torch._foreach_copy_(self.values, self.before)
@@ -297,7 +298,7 @@ def _seed(device: torch.device, number: int) -> None:
 
 
 def train_step(state: RunState, lessons: list[Lesson], epoch: int, step: int) -> dict[str, Tensor]:
-    """One optimiser step on this process's parts of a batch; returns the weighted terms and their sum, on the device."""
+    """One optimiser step on this process's parts of a batch; returns the weighted terms and their sum, on the device (none without a part). Seeds the global generators for each part."""
     config, several = state.config, state.config.accumulate > 1 or world_size() > 1
     shared = SharedStatistics(state.student, state.objective) if several else None
     totals: dict[str, Tensor] = {}

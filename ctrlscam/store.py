@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .checkpoint import check_disk
+from .checkpoint import check_disk, differences
 from .config import Settings, identity_hash
 from .download import size_text
 from .images import free_bytes
@@ -62,19 +62,9 @@ def store_key(config: Settings, table: pd.DataFrame, teacher_sha256: str, *, nee
     }
 
 # %% ../nbs/09b_store.ipynb #d577d718
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict with its keys joined by dots."""
-    flat = {}
-    for name, value in content.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
-
-
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """`field: found, wanted` for each field in which two nested dicts differ; empty if none does."""
-    found, wanted = _flat(found), _flat(wanted)
-    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
-    return "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} wanted" for name in names)
+    """`field: found there, wanted` for each field in which two descriptions of a store differ; empty if none does."""
+    return "; ".join(differences(found, wanted, "there", "wanted"))
 
 # %% ../nbs/09b_store.ipynb #01eb166e
 def _checksum(need: str, epoch: int, row: int, values: bytes) -> bytes:
@@ -183,7 +173,7 @@ class _Folder:
 class TeacherStore(_Folder):
     """What a teacher says about training views, on disk. `rows` are the row numbers that have records, or how many; `shapes` are those of one image's values.
 
-    Opening makes what is missing of the folder. Several processes may use it at once. Raises StoreError if it belongs to another `key`.
+    Opening creates the folder and the files that are missing. Several processes may use it at once. Raises StoreError if it belongs to another `key`.
     """
 
     def read(self, epoch: int, rows: Any) -> dict[str, Tensor] | None:
@@ -248,7 +238,6 @@ def _rounding_of(store: TeacherStore) -> str:
     """The precision that decides how far two answers may differ; a GPU that convolves in TF32 has no more digits than fp16."""
     precision = store.key.get("precision", "fp32")
     return "fp16" if precision == "fp32" and torch.cuda.is_available() and torch.backends.cudnn.allow_tf32 else precision
-
 
 
 def _random_records(file: _RecordFile, rows: np.ndarray, sample: int, seed: int) -> dict[int, dict[int, np.ndarray]]:

@@ -312,7 +312,7 @@ def mix(images: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: floa
 
 # %% ../nbs/02b_views.ipynb #5758cc29
 class Batch(NamedTuple):
-    """Normalised images B×3×H×W, labels B, row numbers B, class shares B×K where images were mixed, and its own share of the images of the step."""
+    """Normalised images B×3×H×W, labels B, row numbers B, class shares B×K where images were mixed, and `share`: B over the number of images of the whole step."""
 
     images: Tensor
     labels: Tensor

@@ -89,25 +89,26 @@ def test_bad_settings_are_refused_without_torch():
 
 
 def test_killed_papermill_continues(papermill, tmp_path):
-    """SIGKILL to papermill and its kernel in the middle of training; the same command then finishes with the weights of an undisturbed run."""
+    """SIGKILL in the middle of an epoch, first to the kernel alone, then to papermill and its kernel; the same command finishes with the weights of an undisturbed run."""
     words = ["nbs/distill.ipynb", tmp_path / "executed.ipynb", "-p", "max_classes", "5", "-p", "max_images", "60", "-p", "teacher_epochs", "10", "-p", "baseline_epochs", "2",
-             "-p", "methods", "ce"]
+             "-p", "methods", "ce", "-p", "checkpoint_minutes", "0"]
     undisturbed = tmp_path / "undisturbed"
     assert papermill(*words, outputs=undisturbed).returncode == 0
     outputs = tmp_path / "outputs"
     command = [str(Path(sys.executable).with_name("papermill")), *map(str, words), "-p", "output_dir", str(outputs), "-p", "device", "cpu"]
-    victim = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(outputs.rglob("checkpoint.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    family = [psutil.Process(victim.pid), *psutil.Process(victim.pid).children(recursive=True)]  # papermill and its kernel
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=30)
-    victim.wait()
-    assert list(outputs.rglob("checkpoint.json")), "nothing was under way when the kill came"
+    for epoch, everyone in ((1, False), (4, True)):
+        victim = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not list(outputs.rglob(f"checkpoint-{epoch:04}-000001.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        family = [psutil.Process(victim.pid)] * everyone + psutil.Process(victim.pid).children(recursive=True)  # papermill and its kernel
+        for process in family:
+            process.kill()
+        assert victim.wait(timeout=60) != 0
+        psutil.wait_procs(family, timeout=30)
+        assert list(outputs.rglob("checkpoint-*-*[1-9].json")), "nothing was under way when the kill came"
     again = papermill(*words)
     assert again.returncode == 0, again.stderr[-3000:]
     ours, theirs = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("last.safetensors")} for folder in (outputs, undisturbed))
     assert ours == theirs and len(ours) == 2
-    assert sum(json.loads(path.read_text())["resumed"] for path in outputs.rglob("record.json")) == 1, "the run started anew instead of continuing"
+    assert sum(json.loads(path.read_text())["resumed"] for path in outputs.rglob("record.json")) == 2, "the run started anew instead of continuing"
