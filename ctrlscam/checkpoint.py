@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'SCHEMA_VERSION', 'CheckpointError', 'FolderInUse', 'pack_tensors', 'save_generation', 'differences',
-           'load_generation', 'kept_facts', 'check_disk', 'clear_generations', 'locked', 'Interrupted', 'Stop',
-           'interruptible']
+           'load_generation', 'kept_facts', 'check_disk', 'clear_generations', 'check_writable', 'locked',
+           'Interrupted', 'Stop', 'interruptible']
 
 # %% ../nbs/09a_checkpoint.ipynb #4847ccf6
 import errno
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import torch
@@ -246,6 +247,16 @@ def _take(handle: int, folder: Path) -> None:
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
 
 # %% ../nbs/09a_checkpoint.ipynb #dd141bd8
+def check_writable(folder: Path) -> None:
+    """Make `folder` and put a file into it for a moment. Raises OSError that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"the run folder {folder} cannot be written ({error.strerror}); choose another output_dir") from None
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder. Raises FolderInUse if another process does, OSError if the folder cannot be written or locked."""

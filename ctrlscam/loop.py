@@ -164,7 +164,7 @@ def save_checkpoint(state: RunState) -> None:
     progress, tensors = state.progress, run_tensors(state) | {f"sums.{name}": value for name, value in sums.items()}
     if not is_main():
         return
-    facts = dict(identity=run_identity(state.config), seed=state.config.seed, progress=asdict(progress), scaler=state.scaler.state_dict(), tensors=list(tensors))
+    facts = dict(identity=run_identity(state.config), seed=state.config.seed, data=state.data, progress=asdict(progress), scaler=state.scaler.state_dict(), tensors=list(tensors))
     save_generation(state.folder, (progress.epoch, progress.step), tensors, facts)
 
 # %% ../nbs/09e_loop.ipynb #a7143910
@@ -175,7 +175,7 @@ def _strip(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 def resume(state: RunState) -> bool:
     """Continue from the newest whole checkpoint in the run folder, if there is one. Raises CheckpointError."""
-    found = load_generation(state.folder, dict(identity=run_identity(state.config), seed=state.config.seed))
+    found = load_generation(state.folder, dict(identity=run_identity(state.config), seed=state.config.seed, data=state.data))
     if found is None:
         return False
     facts, tensors = found
@@ -242,7 +242,7 @@ def _end_of_step(states: list[RunState], stream: Stream, epoch: int, last: bool,
     if due:
         for state in going(states):
             save_checkpoint(state)
-    if asked:
+    if asked and going(states):
         stop.signal = stop.signal or signal.SIGTERM
         stop.check()
 
@@ -358,7 +358,8 @@ def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFram
         train_epoch([states[k] for k in learners], stream, epoch, stop, clock)
         for k in learners:
             if states[k].failure is None:
-                row = finish_epoch(states[k], stream, epoch, stop)
+                with explain_memory(states[k]):
+                    row = finish_epoch(states[k], stream, epoch, stop)
                 _write_epoch(states[k])
                 _announce(states[k], row, watchers[k], on_epoch)
 

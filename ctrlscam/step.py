@@ -33,7 +33,7 @@ from .data import class_count
 from .methods import Needs, Teaching, find_method, teach
 from .models import Classifier, check_grid, freeze_batchnorm
 from .processes import is_main, rank, sum_over_processes, world_size
-from .store import StoreError, TeacherStore
+from .store import StoreError, TeacherStore, table_digest
 from .views import Batch, Batches, make_batches
 
 # %% ../nbs/09d_step.ipynb #a4ae39de
@@ -188,6 +188,7 @@ class RunState:
     sums: dict[str, Tensor] = field(default_factory=dict)               # of the epoch so far, over images
     recent: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)  # steps and their terms, not yet looked at
     seen: list[dict[str, float]] = field(default_factory=list)          # terms of the last steps that were looked at
+    data: dict[str, int | str] = field(default_factory=dict)            # images in each split, and a digest of their paths, labels and splits
     failure: FloatingPointError | None = None                           # why it cannot go on, if it cannot
     trained: list[bool] | None = None                                   # which parameters get gradients, once several processes have agreed
 
@@ -197,7 +198,7 @@ class RunState:
         return self.student if self.ema is None else self.ema.module
 
 # %% ../nbs/09d_step.ipynb #bfbb401d
-def start_run(config: Settings, table: pd.DataFrame, folder: Path, device: torch.device, student: Classifier | None = None) -> RunState:
+def start_run(config: Settings, table: pd.DataFrame | None, folder: Path, device: torch.device, student: Classifier | None = None) -> RunState:
     """A run at its beginning: networks on the device, optimiser ready. `student` is given if it does not start from its initial weights."""
     student = build_student(config, class_count(table)) if student is None else student
     check_grid(student, config.image_size)
@@ -211,7 +212,8 @@ def start_run(config: Settings, table: pd.DataFrame, folder: Path, device: torch
     if config.compile:
         student.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    return RunState(config, folder, device, student, objective, optimizer, scaler, ema)
+    data = {} if table is None else {**table.split.value_counts().to_dict(), "digest": table_digest(table)}  # a run continues on the same images only
+    return RunState(config, folder, device, student, objective, optimizer, scaler, ema, data=data)
 
 # %% ../nbs/09d_step.ipynb #3a53be34
 def part_terms(state: RunState, lesson: Lesson) -> tuple[dict[str, Tensor], Tensor]:
@@ -324,7 +326,8 @@ def explain_memory(state: RunState) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error) or "not enough memory" in str(error)):
+        signs = "can't allocate memory", "not enough memory", "could not create a primitive"  # the last is oneDNN's
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)):
             raise
         peak = torch.cuda.max_memory_allocated(state.device) if state.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         config = state.config

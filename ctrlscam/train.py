@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from .checkpoint import Interrupted, Stop, check_disk, clear_generations, interruptible, locked, pack_tensors
+from .checkpoint import Interrupted, Stop, check_disk, check_writable, clear_generations, interruptible, locked, pack_tensors
 from .config import Settings, SettingsError, baseline_settings, project_root, select_groups, teacher_settings
 from .data import class_count, load_table
 from .evaluate import map_quality, mcnemar, paired_bootstrap, predictions_table, summary
@@ -32,7 +32,7 @@ from .loop import WATCHED_IMAGES, determinism, disk_needed, evaluate_split, fit,
 from .processes import any_process, barrier, is_main, main_first, pick_device, world_size
 from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
                               table_runs, write_record)
-from .step import RunState, Stream, build_student, joint_needs, load_network, start_run
+from .step import RunState, Stream, build_student, explain_memory, joint_needs, load_network, start_run
 from .store import TeacherStore, check_store, open_store, table_digest
 from .views import ViewDataset, finish_batch
 from .watch import check_watchers, write_metrics
@@ -188,6 +188,13 @@ def _is_finished(config: Settings) -> bool:
     return any_process(is_main() and (run_folder(config) / "record.json").is_file())
 
 
+def _check_folders(configs: list[Settings]) -> None:
+    """Raise OSError if the folder of one that has no record yet cannot be written."""
+    for config in configs:
+        if is_main() and not (run_folder(config) / "record.json").is_file():
+            check_writable(run_folder(config))
+
+
 @contextmanager
 def _held(configs: list[Settings]) -> Iterator[None]:
     """Hold the folders of all runs; the main process does it for the others. Raises FolderInUse, OSError."""
@@ -213,7 +220,8 @@ def _train(configs: list[Settings], table: pd.DataFrame, on_epoch: OnEpoch) -> N
         fit(states, stream, on_epoch)
         try:
             for state in going(states):
-                finish_run(state, stream, len(states), stop)
+                with explain_memory(state):
+                    finish_run(state, stream, len(states), stop)
         except Interrupted as interruption:  # the last checkpoint stands until the record does
             interruption.leave()
     for state in states:
@@ -224,6 +232,7 @@ def _train(configs: list[Settings], table: pd.DataFrame, on_epoch: OnEpoch) -> N
 def _run(configs: list[Settings], table: pd.DataFrame, on_epoch: OnEpoch) -> list[Record]:
     """The records of `configs`, runs of one stream, after the runs they build on; trains only what has no record."""
     todo = [config for config in configs if not _is_finished(config)]
+    _check_folders(todo)  # before the runs that come first
     for config in todo:
         if find_method(config.method).teacher:
             teacher = teacher_settings(config)
@@ -301,6 +310,7 @@ def distill_together(configs: list[Settings], on_epoch: OnEpoch = None) -> list[
 def distill_all(config: Settings, on_epoch: OnEpoch = None) -> dict[str, list[Record]]:
     """The records behind the accuracy table of `config`: a list over seeds for the teacher and for each method."""
     table, runs = check_inputs(config), table_runs(config)
+    _check_folders([one for several in runs.values() for one in several])
     # The teacher's run is a `ce` run like the student's own; whoever watches should be able to tell them apart.
     as_teacher = None if on_epoch is None else lambda metrics: on_epoch(metrics.assign(method="teacher"))
     for row, alone in runs.items():

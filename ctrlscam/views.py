@@ -11,6 +11,8 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PADDING', 'RAND_AUGMENT', 'RADIUS', 'SHAR
 # %% ../nbs/02b_views.ipynb #05105eb1
 import contextlib
 import random
+import signal
+import threading
 import zlib
 from typing import Callable, Iterator, NamedTuple
 
@@ -340,6 +342,15 @@ def _as_delivered(crops: Crops) -> Crops:
     return crops
 
 
+def _start(loader: DataLoader) -> Iterator[Crops]:
+    """The iterator of a loader. torch would raise the death of a loader process in the middle of a step; here it is noticed where its views are waited for, after five seconds at most."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    arriving = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return arriving
+
+
 def _or_name(arriving: Iterator[Crops], keys: list[list[tuple[int, int]]], paths: pd.Series) -> Iterator[Crops]:
     """What arrives from loader processes for `keys`; if one of them dies, a RuntimeError that names the images that were due."""
     for batch in keys:
@@ -374,7 +385,7 @@ class Batches:
         self.sampler.epoch, self.sampler.first_step, workers = epoch, first_step, self.config.workers
         if workers and self.config.augment != "deit":
             return in_threads(self._load, iter(self.sampler), workers, workers * self.config.prefetch)
-        return _or_name(iter(self.loader), list(self.sampler), self.dataset.table.path) if workers else iter(self.loader)
+        return _or_name(_start(self.loader), list(self.sampler), self.dataset.table.path) if workers else iter(self.loader)
 
     def _load(self, keys: list[tuple[int, int]]) -> Crops:
         crops = self.dataset.__getitems__(keys)

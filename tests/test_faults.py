@@ -294,11 +294,13 @@ def train_with_a_wrong_term(config, term, value, at):
     train(config)
 
 
-def train_with_wrong_gradients(config, at):
-    """Train; the loss of the step at (epoch, step) is finite, but one number of its gradient is not."""
+def train_with_wrong_gradients(config, at, asked):
+    """Train; the loss of the step at (epoch, step) is finite, but one number of its gradient is not. The process may be asked to stop, and so to save, at that very step."""
     def spoil(state, move=ctrlscam.step._move):
         if state.config.method == "ctrls_cam" and [state.progress.epoch, state.progress.step] == at:
             state.student.linear.weight.grad[0, 0] = math.nan
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
         return move(state)
 
     ctrlscam.step._move = spoil
@@ -788,7 +790,7 @@ def test_fault_14_moved_folder(nursery, undisturbed, begin, tmp_path):
 def test_fault_15_a_loss_term_is_not_finite(nursery, undisturbed, begin, term, value):
     config, tally = begin("teacher", "ce"), Tally()
     stopped = nursery.start(train_with_a_wrong_term, config=config, term=term, value=value, at=[1, 2])
-    assert stopped.status == 1 and f"FloatingPointError: ctrls_cam seed 0, epoch 2, step 2: the loss term {term} is not finite. The last checkpoint is good" in stopped.text
+    assert stopped.status == 1 and f"FloatingPointError: ctrls_cam seed 0, epoch 2, step 3: the loss term {term} is not finite. The last checkpoint is good" in stopped.text
     bundle = folder_of(config) / "autopsy"
     report, steps, batch = json.loads((bundle / "report.json").read_text()), pd.read_csv(bundle / "steps.csv"), load_file(bundle / "batch.safetensors")
     assert (report["terms"], report["epoch"], report["step"], len(report["paths"])) == ([term], 1, 2, 16)
@@ -802,16 +804,16 @@ def test_fault_15_a_loss_term_is_not_finite(nursery, undisturbed, begin, term, v
 
 
 def test_fault_15_a_gradient_is_not_finite(nursery, undisturbed, begin):
-    """The loss of that step is finite and the weights after it are not. They must not take the place of the last good checkpoint, not even at the end of an epoch."""
+    """The loss of that step is finite and the weights after it are not. They must not be saved, not at the end of an epoch and not when the process is asked to stop."""
     tally = Tally()
-    for step in (1, STEPS - 1):
-        config = begin("teacher", "ce")
-        stopped = nursery.start(train_with_wrong_gradients, config=config, at=[0, step])
-        assert stopped.status == 1 and "FloatingPointError" in stopped.text, stopped.text
+    for step, minutes, asked in ((1, 0, False), (STEPS - 1, 0, False), (STEPS - 1, 10, False), (1, 10, True)):
+        config = begin("teacher", "ce", checkpoint_minutes=minutes)
+        stopped = nursery.start(train_with_wrong_gradients, config=config, at=[0, step], asked=asked)
+        assert (asked and stopped.status == 143) or (stopped.status == 1 and "FloatingPointError" in stopped.text), stopped.text
         again = nursery.start(train, config=config)
         assert again.status == 0, f"step {step}: {again.text.splitlines()[-1]}"
         tally.compare(folder_of(config), folder_of(undisturbed))
-    assert tally.figure == (2, 0.0)
+    assert tally.figure == (4, 0.0)
 
 
 @pytest.mark.parametrize("grid", [(7, 7), (1, 1)])

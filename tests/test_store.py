@@ -230,7 +230,6 @@ def launched(rank, port, config, results):
     with pytest.raises(StoreError):  # in all processes, so that none waits for the others
         open_store(config.replace(store_gigabytes=0), table, "0" * 64, shapes)
     results.put((store.coverage(), store.read(2, store.rows[:2])["logits"][:, 0].tolist()))
-    processes.leave()
 
 
 def test_launched_processes_share_a_store(tmp_path):
