@@ -1,5 +1,6 @@
 """Where the project is, and how a papermill run is started: shared by all tests."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes that share few cores must not wait for each other's threads
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores it, and so would every process that a test starts in order to interrupt it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb"))
 PAPERMILL = ("teacher", "distill", "tables", "benchmark")
