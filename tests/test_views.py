@@ -49,7 +49,7 @@ def hashes(config):
     splits, result = make_batches(table, config), []
     for split, epoch in (("train", 0), ("train", 1), ("test", -1)):
         for batch in splits[split](epoch):
-            result.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch if part is not None)).hexdigest())
+            result.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch[:4] if part is not None)).hexdigest())
     return result
 
 
