@@ -252,6 +252,7 @@ def train_epoch(states: list[RunState], stream: Stream, epoch: int, stop: Stop, 
     for state in states:
         state.student.train()
         state.objective.train()
+        state.objective.start_epoch(epoch)
     first, last = min(state.progress.step for state in states), len(stream.batches["train"])
     every = 1 if stream.device.type == "cpu" or not clock.minutes else LOOK_STEPS
     title = f"{' '.join(state.config.method for state in states)} epoch {epoch + 1}"
@@ -280,6 +281,8 @@ def _better(row: dict[str, float], best: dict[str, float]) -> bool:
 
 def _epoch_line(config: Settings, row: dict[str, float], seconds: float) -> str:
     """One line on an epoch for people to read."""
+    if "train_top1" not in row:
+        return f"{config.method:>10} {config.student} seed {config.seed}  as its weights are  val {100 * row['val_top1']:.1f} %  {seconds:.0f} s"
     parts = " ".join(f"{name.removeprefix('train_')} {value:.3f}" for name, value in row.items() if name.startswith("train_") and name not in ("train_total", "train_top1"))
     return (f"{config.method:>10} {config.student} seed {config.seed}  epoch {row['epoch'] + 1:>3}/{config.epochs}  {parts}  "
             f"train {100 * row['train_top1']:.1f} %  val {100 * row['val_top1']:.1f} %  {seconds:.0f} s")
@@ -350,12 +353,14 @@ def _announce(state: RunState, row: dict[str, float], watchers: Watchers, on_epo
 def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame], None] | None, stop: Stop, watchers: list[Watchers]) -> None:
     """Epoch after epoch until every state has trained as many as its settings say."""
     schedules, clock = [build_schedule(state.optimizer, state.config) for state in states], Clock(states[0].config.checkpoint_minutes)
-    while left := [state.progress.epoch for state in going(states) if state.progress.epoch < state.config.epochs]:
+    rounds = [max(state.config.epochs, 1) for state in states]  # with no epoch at all, weights are evaluated as they are
+    while left := [state.progress.epoch for state, most in zip(states, rounds) if state.failure is None and state.progress.epoch < most]:
         epoch = min(left)
-        learners = [k for k, state in enumerate(states) if state.failure is None and state.progress.epoch == epoch and epoch < state.config.epochs]
+        learners = [k for k, state in enumerate(states) if state.failure is None and state.progress.epoch == epoch and epoch < rounds[k]]
         for k in learners:
             schedules[k].step(epoch)
-        train_epoch([states[k] for k in learners], stream, epoch, stop, clock)
+        if trained := [states[k] for k in learners if epoch < states[k].config.epochs]:
+            train_epoch(trained, stream, epoch, stop, clock)
         for k in learners:
             if states[k].failure is None:
                 with explain_memory(states[k]):

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .config import VIEWS_VERSION, Settings, baseline_settings, identity_hash, project_root, select_groups, teacher_settings
 from .evaluate import mean_interval
 from .images import write_bytes
-from .methods import find_method, method_settings, starts_from_baseline
+from .methods import find_method, method_code, method_settings, starts_from_baseline
 from .synthetic import VERSION
 
 # %% ../nbs/09_records.ipynb #050eb3ef
@@ -67,6 +67,8 @@ def run_identity(config: Settings) -> dict[str, Any]:
     method = find_method(config.method)
     identity = {"method": config.method, **data_identity(config), **select_groups(config, ("student", "training")), **method_settings(config)}
     identity["student_weights"] = _weights_identity(config.student_weights)
+    if code := method_code(config.method):
+        identity["code"] = code
     if method.teacher:
         identity["teacher"] = identity_hash(run_identity(teacher_settings(config)))
     if starts_from_baseline(config):

@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import Settings, project_root
 from .data import class_count
-from .methods import Needs, Teaching, find_method, teach
+from .methods import Needs, Said, Teaching, find_method, teach, wants_stages
 from .models import Classifier, check_grid, freeze_batchnorm
 from .processes import is_main, rank, sum_over_processes, world_size
 from .store import StoreError, TeacherStore, table_digest
@@ -56,8 +56,10 @@ def build_student(config: Settings, num_classes: int) -> Classifier:
     weights = None if source in ("scratch", "timm") else project_root() / Path(source).expanduser()
     stride = None if config.student_output_stride == 32 else config.student_output_stride
     with seeded("weights", config.seed):
-        network = Classifier(config.student, num_classes, pretrained=source == "timm", weights=weights, output_stride=stride, image_size=config.image_size)
-    freeze_batchnorm(network, config.student_frozen_batchnorm)
+        network = Classifier(config.student, num_classes, pretrained=source == "timm", weights=weights, output_stride=stride, image_size=config.image_size, bias=config.student_bias)
+    freeze_batchnorm(network, config.student_frozen_batchnorm or config.student_frozen_backbone)
+    if config.student_frozen_backbone:
+        network.requires_grad_(False).linear.requires_grad_(True)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -92,7 +94,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: Settings) -> Schedu
     """Learning rate per epoch: `schedule.step(epoch)` sets it for that epoch, counted from 0."""
     shapes = dict(step=dict(decay_epochs=config.step_epochs), multistep=dict(decay_milestones=config.milestones), cosine={})
     schedule, _ = create_scheduler_v2(
-        optimizer, sched=config.schedule, num_epochs=config.epochs, decay_rate=config.gamma, min_lr=config.min_learning_rate,
+        optimizer, sched=config.schedule, num_epochs=max(config.epochs, 1), decay_rate=config.gamma, min_lr=config.min_learning_rate,
         warmup_epochs=config.warmup_epochs, warmup_lr=config.learning_rate / (config.warmup_epochs + 1), **shapes[config.schedule])
     return schedule
 
@@ -123,8 +125,8 @@ class Stream:
     def ask(self, batch: Batch) -> Teaching:
         """What the teacher says about a batch on the device, as tensors of inference mode (`needs` names them, `teach` in methods gives their shapes)."""
         with autocast(self.config, self.device):
-            outputs = self.teacher(batch.images)
-        return teach(outputs, batch.labels, self.needs)
+            outputs = self.teacher(batch.images, stages=True) if wants_stages(self.needs) else self.teacher(batch.images)
+        return teach(Said(outputs, batch.labels, self.teacher, batch.images), self.needs)
 
     def teach(self, batch: Batch, epoch: int) -> Teaching:
         """The same as tensors that a loss can use, from the store if there is one; a view that it lacks is added. Raises StoreError if that cannot be read back, OSError for a full disk."""
@@ -220,7 +222,8 @@ def part_terms(state: RunState, lesson: Lesson) -> tuple[dict[str, Tensor], Tens
     """The weighted loss terms of one part, and how many of its images the student recognised."""
     batch = lesson.batch
     with autocast(state.config, state.device):
-        student = state.student(batch.images)
+        staged = wants_stages(find_method(state.config.method).needs(state.config))  # the student shows what its teacher does
+        student = state.student(batch.images, stages=True) if staged else state.student(batch.images)
         terms = state.objective(student, lesson.teaching, batch.labels, batch.targets)
     return terms, (student.logits.detach().argmax(1) == batch.labels).sum()
 
