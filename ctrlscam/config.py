@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PRESETS', 'SMOKE_LIMITS', 'Names', 'Counts', 'Watchers', 'Benchmarks', 'Grids', 'Stride', 'DATASETS',
            'ALIASES', 'NOT_FILES', 'VIEWS_VERSION', 'project_root', 'SettingsError', 'DataSettings', 'NetworkSettings',
-           'TrainingSettings', 'MethodSettings', 'RunSettings', 'did_you_mean', 'canonical_dataset', 'Settings',
-           'settings_from', 'parameters_cell', 'select_groups', 'identity_hash', 'teacher_settings',
+           'TrainingSettings', 'MethodSettings', 'RelativeSettings', 'RunSettings', 'did_you_mean', 'canonical_dataset',
+           'Settings', 'settings_from', 'parameters_cell', 'select_groups', 'identity_hash', 'teacher_settings',
            'baseline_settings', 'settings_table']
 
 # %% ../nbs/00_config.ipynb #8237dacf
@@ -60,9 +60,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cifar": _CIFAR | dict(teacher="resnet50", student="resnet18", teacher_output_stride=8, student_output_stride=8),
     "cam_kd": _CIFAR | dict(teacher="cifar_resnet50", student="cam_net", method="cam_kd", methods=["ce", "kd", "cam_kd"], start="weights"),
     "cifar_small": _CIFAR | dict(
-        teacher="cifar_resnet56a", teacher_weights="data/weights/cifar10_resnet56.safetensors", student="cam_net", start="weights", batch_size=128,
-        optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1, teacher_epochs=2, baseline_epochs=15, epochs=15,
-        teacher_learning_rate=1e-3, baseline_learning_rate=4e-3, learning_rate=4e-3, cat_weight=50,
+        teacher="cifar_resnet20a", teacher_weights="data/weights/cifar10_resnet20.safetensors", student="cam_net", batch_size=64,
+        optimizer="adamw", weight_decay=0.02, schedule="cosine", warmup_epochs=1, teacher_epochs=1, baseline_epochs=12, epochs=10,
+        teacher_learning_rate=1e-3, baseline_learning_rate=3e-3, learning_rate=2e-3, cat_weight=50,
     ),
 }
 
@@ -139,7 +139,7 @@ def _as_number(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_no_twice)]
 Counts = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list), AfterValidator(_no_twice)]
 Watchers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list), AfterValidator(_no_twice)]
-Benchmarks = Annotated[list[Literal["hints", "step", "input", "store", "scaling"]], BeforeValidator(_as_list), AfterValidator(_no_twice)]
+Benchmarks = Annotated[list[Literal["hints", "step", "input", "store", "scaling", "methods"]], BeforeValidator(_as_list), AfterValidator(_no_twice)]
 Grids = Annotated[list[Annotated[int, Field(ge=1, le=64)]], BeforeValidator(_as_list), AfterValidator(_no_twice), AfterValidator(_whole_image_first)]
 Stride = Annotated[Literal[8, 16, 32], BeforeValidator(_as_number)]
 
@@ -229,6 +229,11 @@ class MethodSettings(BaseModel):
     kd_weight: float = _field(1.0, "kd", "weight of the logit term", ge=0)
     temperature: float = _field(3.0, "kd", "temperature of both softmaxes in the logit term", gt=0, le=1000)
     ce_weight: float = _field(1.0, "ce", "weight of the cross-entropy with the labels", ge=0)
+
+# %% ../nbs/00_config.ipynb #eef27d88
+class RelativeSettings(BaseModel):
+    """The terms of the relatives of CTRLS-CAM and of the baselines."""
+
     cat_weight: float = _field(400.0, "cat", "weight of the class attention term of cat and cat_kd", ge=0)
     cat_resolution: int = _field(2, "cat", "cells per side to which class maps are pooled", ge=1, le=64)
     cat_normalize: bool = _field(True, "cat", "divide each pooled class map by its L2 norm")
@@ -273,7 +278,7 @@ class RunSettings(BaseModel):
     checkpoint_minutes: float = _field(10.0, "runtime", "minutes between two checkpoints within an epoch; one is written after each epoch in any case, and with 0 after each step", ge=0)
     store_gigabytes: float = _field(20.0, "runtime", "largest teacher store to write", ge=0)
     watch: Watchers = _field([], "runtime", "where else metrics go, comma-separated: tensorboard, wandb, trackio; all of them write to this machine only")
-    benchmarks: Benchmarks = _field(["hints", "step", "input", "store", "scaling"], "runtime", "what the notebook benchmark times, comma-separated: hints, step, input, store, scaling")
+    benchmarks: Benchmarks = _field(["hints", "step", "input", "store", "scaling", "methods"], "runtime", "what the notebook benchmark times, comma-separated: hints, step, input, store, scaling, methods")
     workers: int = _field(0, "runtime", "threads that load images ahead of training (processes for augment deit); 0 loads when a batch is needed", ge=0, le=256)
     prefetch: int = _field(2, "runtime", "batches that each of these workers prepares ahead", ge=1, le=64)
     cache_gigabytes: float = _field(4.0, "runtime", "largest decoded copy of a set of image files to keep in the folder cache of data_dir; above it images are decoded at each use", ge=0)
@@ -374,7 +379,7 @@ def _type_name(annotation: Any) -> str:
     return "list" if typing.get_origin(annotation) is list else getattr(annotation, "__name__", str(annotation))
 
 # %% ../nbs/00_config.ipynb #4542cb62
-class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, RunSettings):
+class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, RelativeSettings, RunSettings):
     """All settings of a run. What is not given, or given as None, comes from the recipe of the data set.
 
     Raises `SettingsError` with one line per problem. Instances do not change: `config.replace(epochs=5)` makes a new one.
@@ -398,13 +403,9 @@ class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, 
         return _shrink(filled) if str(filled.get("smoke", False)).lower() == "true" else filled
 
     @model_validator(mode="after")
-    def _crops_fit(self) -> "Settings":
+    def _values_fit(self) -> "Settings":
         if self.resize_to is not None and self.resize_to < self.image_size:
             raise ValueError(f"resize_to = {self.resize_to}: crops of image_size = {self.image_size} do not fit into it; allowed: {self.image_size} and more")
-        return self
-
-    @model_validator(mode="after")
-    def _some_class_is_transferred(self) -> "Settings":
         if self.cat_classes == 1 and (self.cat_choice, self.cat_count) == ("highest", "original"):
             raise ValueError("cat_classes = 1: counted as in the original, that is no class; allowed: 2 and more, or cat_count = 'exact'")
         return self

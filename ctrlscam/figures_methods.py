@@ -26,7 +26,7 @@ from .maps import map_agreement, standardize_maps
 
 # %% ../nbs/11a_figures_methods.ipynb #5b2c964d
 HEAT_LIMIT = 2.0  # standard deviations at the ends of the palette
-_HEAT = sns.blend_palette(sns.color_palette("turbo", 64)[4:-5], as_cmap=True)
+_HEAT = sns.color_palette("RdYlBu_r", as_cmap=True)
 
 
 def heat(image: np.ndarray, map: np.ndarray, *, strength: float = 0.55) -> np.ndarray:

@@ -80,9 +80,8 @@ def dkd_loss(student_logits: Tensor,  # B×K
 
 # %% ../nbs/05_losses.ipynb #e10193d3
 def _correlation_gap(student: Tensor, teacher: Tensor) -> Tensor:
-    "1 − Pearson correlation of matching rows, mean over rows."
-    student, teacher = student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True)
-    return 1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-8).mean()
+    "1 − Pearson correlation of matching rows, mean over rows; a constant row is correlated with nothing."
+    return 1 - (standardize_logits(student) * standardize_logits(teacher)).mean()
 
 def dist_loss(student_logits: Tensor,  # B×K
               teacher_logits: Tensor,  # B×K

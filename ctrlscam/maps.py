@@ -255,7 +255,8 @@ def binarize_maps(maps: Tensor,  # …×H×W
     Source: Guo et al., CVPR 2023.
     """
     maps = full_precision(maps.detach())
-    return (maps > maps.abs().mean((-2, -1), keepdim=True)).to(maps.dtype)
+    margin = 1 + 1e-6  # a constant map does not exceed its mean, however that is rounded
+    return (maps > margin * maps.abs().mean((-2, -1), keepdim=True)).to(maps.dtype)
 
 def normalize_maps(maps: Tensor,  # …×H×W
                    eps: float = 1e-12,  # a map not longer than this counts as zero

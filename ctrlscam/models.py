@@ -234,14 +234,14 @@ def _examine(backbone: nn.Module, name: str, output_stride: int | None, image_si
     return _Anatomy(linear, layout, prefix, head_layers)
 
 # %% ../nbs/03_models.ipynb #c1bf8bce
-_PICKLED = (".pth", ".th", ".pt", ".ckp")
+_PICKLED = (".pth", ".th", ".pt", ".ckp", "")  # some trainers write files called latest and best
 
 
 def _read_weight_file(path: str | Path) -> dict[str, Any]:
     "The content of a .safetensors or torch weight file on the CPU, without running any code it may hold."
     path = Path(path)
     if path.suffix not in (".safetensors", *_PICKLED):
-        raise ValueError(f"{path}: unknown kind of weight file. Known endings: .safetensors, {', '.join(_PICKLED)}.")
+        raise ValueError(f"{path}: unknown kind of weight file. Known endings: .safetensors, {', '.join(_PICKLED[:-1])}, or none.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no weight file {path}. Relative paths start at {Path.cwd()}.")
     try:
@@ -264,7 +264,9 @@ def _named_tensors(content: dict[str, Any], own_names: set[str], path: str | Pat
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise ValueError(f"{path} holds no named tensors. Expected a state dict, alone or under 'state_dict', 'model' or 'weight'.")
-    for prefix in ("module.", "_orig_mod.", "model.", "backbone."):
+    for prefix in ("module.", "_orig_mod.", "student.", "model.", "backbone."):
+        if prefix == "student." and any(name.startswith(prefix) for name in tensors):  # a distiller holds both networks
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if not any(name.startswith(prefix) for name in own_names):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
@@ -405,7 +407,7 @@ class Classifier(_GridView):
         outputs = Outputs(self.backbone.forward_head(raw), features, self.linear.weight.flatten(1))
         return StagedOutputs(*outputs, tuple(middle)) if stages else outputs
 
-
+# %% ../nbs/03_models.ipynb #0e3ff499
 def stage_channels(name: str) -> tuple[int, ...]:
     "Channels of the last three stages of a network, without making its weights. Raises ValueError for an unknown name."
     _check_name(name)

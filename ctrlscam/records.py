@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_SOURCE', 'write_json', 'file_sha256', 'data_identity', 'run_identity', 'run_folder', 'Score',
            'Record', 'write_record', 'RecordError', 'read_record', 'describe_environment', 'published_figure',
-           'table_runs', 'read_run', 'row_title', 'find_records', 'accuracy_table', 'interval_table', 'detail_table',
-           'measures_table', 'time_table', 'public_settings', 'settings_summary', 'study_folder', 'write_study',
-           'read_study']
+           'table_runs', 'read_run', 'row_title', 'find_records', 'accuracy_table', 'interval_table',
+           'difference_table', 'detail_table', 'measures_table', 'time_table', 'public_settings', 'settings_summary',
+           'study_folder', 'write_study', 'read_study']
 
 # %% ../nbs/09_records.ipynb #ab1d85a1
 import hashlib
@@ -233,6 +233,17 @@ def interval_table(records: dict[str, list[Record]]) -> pd.DataFrame:
     """The picked accuracy of each row as numbers: row, title, mean, low, high, n; rows without records are left out."""
     intervals = {row: mean_interval([record.picked.top1 for record in found]) for row, found in records.items() if found}
     return pd.DataFrame([dict(row=row, title=row_title(row), mean=i.mean, low=i.low, high=i.high, n=i.n) for row, i in intervals.items()])
+
+
+def difference_table(records: dict[str, list[Record]], reference: str) -> pd.DataFrame:
+    """Picked accuracy of each other row minus that of `reference`, paired by seed, as numbers: row, title, mean, low, high (95 % t interval over seeds), n."""
+    base, rows = {record.seed: record.picked.top1 for record in records[reference]}, []
+    for row, found in records.items():
+        gains = [record.picked.top1 - base[record.seed] for record in found if record.seed in base]
+        if row not in (reference, "teacher") and gains:
+            gain = mean_interval(gains)
+            rows.append(dict(row=row, title=f"{row_title(row)} − {row_title(reference)}", mean=gain.mean, low=gain.low, high=gain.high, n=gain.n))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/09_records.ipynb #e6fc8a10
 def detail_table(records: dict[str, list[Record]]) -> pd.DataFrame:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OnEpoch', 'check_inputs', 'load_teacher', 'open_stream', 'start_student', 'map_measures', 'describe_data',
            'finish_run', 'run', 'train_teacher', 'distill', 'stream_differences', 'distill_together', 'distill_all',
-           'read_metrics', 'read_maps', 'agreement_over_training', 'Examples', 'example_images', 'read_example_hints',
-           'paired_table', 'hardest_classes', 'evaluate']
+           'read_metrics', 'read_maps', 'agreement_over_training', 'initial_maps', 'maps_over_training', 'Examples',
+           'example_images', 'watched_examples', 'read_example_hints', 'paired_table', 'hardest_classes', 'evaluate']
 
 # %% ../nbs/10_train.ipynb #7dc4fe13
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -342,9 +342,23 @@ def agreement_over_training(config: Settings, runs: list[Settings]) -> pd.DataFr
             rows.append(dict(epoch=int(file.stem.split("-")[1]), method=one.method, seed=one.seed, agreement=float(map_agreement(student, teacher).mean())))
     return pd.DataFrame(rows)
 
+# %% ../nbs/10_train.ipynb #060e43a9
+def initial_maps(config: Settings) -> np.ndarray:
+    """Standardised true-class maps N×H×W (float32) of the watched validation images by the network from which the run of `config` starts."""
+    table, device = load_table(config), pick_device(config)
+    baseline = run_folder(baseline_settings(config)) / "picked.safetensors"
+    network = load_network(config, class_count(table), baseline) if starts_from_baseline(config) else build_student(config, class_count(table))
+    return split_maps(network.to(device), Stream(config, table, device, {}), "val", WATCHED_IMAGES).astype(np.float32)
+
+
+def maps_over_training(config: Settings, epochs: Sequence[int]) -> dict[int, np.ndarray]:
+    """Standardised true-class maps N×H×W of the watched validation images of a finished run after so many epochs: 0 for the network it started from, `config.epochs` for the last."""
+    folder = run_folder(config) / "maps"
+    return {epoch: np.load(folder / f"val-{epoch - 1:04d}.npy", allow_pickle=False).astype(np.float32) if epoch else initial_maps(config) for epoch in epochs}
+
 # %% ../nbs/10_train.ipynb #05ddb363
 class Examples(NamedTuple):
-    """Test images for figures: N×size×size×3 uint8, their places in the test split, class names and part masks (or None)."""
+    """Images for figures: N×size×size×3 uint8, their places in the split, class names and part masks (or None)."""
 
     images: np.ndarray
     places: np.ndarray
@@ -352,16 +366,26 @@ class Examples(NamedTuple):
     masks: np.ndarray | None
 
 
-def example_images(config: Settings, count: int) -> Examples:
-    """`count` images of the test split, evenly spread over the classes, as the networks see them."""
+def _examples(config: Settings, split: str, count: int, most: int | None = None) -> Examples:
+    """`count` images among the first `most` of a split, evenly spread over the classes, as the networks see them."""
     table = load_table(config)
-    test = table[table.split == "test"].reset_index(drop=True)
-    order = np.argsort(test.label.to_numpy(), kind="stable")
-    places = order[np.linspace(0, len(test) - 1, count).round().astype(int)]
-    chosen = test.iloc[places]
+    part = table[table.split == split].reset_index(drop=True).head(most or len(table))
+    order = np.argsort(part.label.to_numpy(), kind="stable")
+    places = order[np.linspace(0, len(part) - 1, count).round().astype(int)]
+    chosen = part.iloc[places]
     few = ViewDataset(chosen, config.replace(cache_gigabytes=0))  # no copy is worth keeping for so few
     images = few.crops(-1, list(range(count))).images.numpy()
     return Examples(images, places, chosen.class_name.tolist(), part_masks(chosen, config))
+
+
+def example_images(config: Settings, count: int) -> Examples:
+    """`count` images of the test split; their maps are in `read_maps(run)`."""
+    return _examples(config, "test", count)
+
+
+def watched_examples(config: Settings, count: int) -> Examples:
+    """`count` of the validation images whose maps are kept after each epoch; their maps are in `read_maps(run, "val")` and `maps_over_training`."""
+    return _examples(config, "val", count, WATCHED_IMAGES)
 
 
 def read_example_hints(config: Settings, run: Settings, examples: Examples) -> np.ndarray:

@@ -12,7 +12,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb"))
-PAPERMILL = ("teacher", "distill", "tables", "benchmark")
+PAPERMILL = ("teacher", "distill", "cam_kd", "tables", "benchmark")
 
 
 @pytest.fixture
