@@ -181,7 +181,7 @@ class CifarResNet(CifarNetwork):
     def stages(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         return [_chain(self.conv1, self.bn1, self.relu), self.layer1, self.layer2, self.layer3]
 
-# %% ../nbs/02d_cifar.ipynb #9c93e7ab
+
 class CifarResNetA(CifarResNet):
     "The same with option A; its linear layer is called `linear`."
     classifier_name = "linear"
@@ -203,7 +203,7 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn2(self.conv2(y)))
         return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
-# %% ../nbs/02d_cifar.ipynb #f5bdc0e8
+
 class CifarResNet50(CifarNetwork):
     """ResNet-50 with a 3×3 stem: 4×4 cells for 32 px.
 
@@ -240,7 +240,7 @@ class _WideBlock(nn.Module):
         y = self.conv2(F.relu(self.bn2(self.conv1(active))))
         return y + (x if self.convShortcut is None else self.convShortcut(active))
 
-# %% ../nbs/02d_cifar.ipynb #af245983
+
 class CifarWideResNet(CifarNetwork):
     "WRN of depth 6n+4, `width` times as wide as a plain ResNet: 8×8 cells for 32 px (Zagoruyko and Komodakis, BMVC 2016)."
 
@@ -431,7 +431,6 @@ _ARCHITECTURES = (
 )
 CIFAR_NETWORKS = {name: (network, arguments) for name, network, arguments in _ARCHITECTURES}  # name -> (class, its arguments)
 
-# %% ../nbs/02d_cifar.ipynb #fbea68c8
 _IMAGENET_PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _CIFAR_PIXELS = dict(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 default_cfgs = {name: dict(input_size=(3, 32, 32), num_classes=10, crop_pct=1.0, **(_IMAGENET_PIXELS if network is CifarResNetA else _CIFAR_PIXELS))

@@ -276,7 +276,7 @@ def _curves(axes: Axes, metrics: pd.DataFrame, column: str) -> None:
         if rows["seed"].nunique() > 1:
             axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.18, linewidth=0)
         axes.plot(spread.index, spread["mean"], color=colour, marker="o" if single else "", markersize=4, label=method_label(method))
-    axes.set(xlabel="epoch", title=PANELS.get(column, column))
+    axes.set(xlabel="epoch", title=PANELS.get(column, f"{column.removeprefix('train_')} term (training)"))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 

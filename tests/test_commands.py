@@ -54,10 +54,17 @@ def test_teacher_notebook(papermill, tmp_path):
     assert len(run_files(tmp_path / "outputs")) == 1
 
 
+def test_cam_kd_notebook(papermill, tmp_path):
+    """Heat maps before, during and after training, for a teacher whose maps are Grad-CAMs as well."""
+    done = papermill("nbs/cam_kd.ipynb", tmp_path / "executed.ipynb", *SMOKE, "-p", "methods", "ce,kd,cam_kd", "-p", "cam_source", "grad_cam")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list((tmp_path / "outputs").rglob("study-*/heat_maps_over_training.png")) and list((tmp_path / "outputs").rglob("cam_kd-*/seed0/record.json"))
+
+
 def test_benchmark_notebook(papermill, tmp_path):
     done = papermill("nbs/benchmark.ipynb", tmp_path / "executed.ipynb", "-p", "smoke", "true", "-p", "max_images", "16")
     assert done.returncode == 0, done.stderr[-3000:]
-    results = {name: json.loads((tmp_path / "outputs" / "benchmark" / f"{name}.json").read_text()) for name in ("hints", "step", "input", "store", "scaling")}
+    results = {name: json.loads((tmp_path / "outputs" / "benchmark" / f"{name}.json").read_text()) for name in ("hints", "step", "input", "store", "scaling", "methods")}
     assert {row["workers"] for row in results["input"]["rows"]} == {0, 2} and all(row["images/s"] > 0 for row in results["input"]["rows"])
     assert all(row["operations"] <= 75 and row["host reads"] == 0 for row in results["hints"]["rows"] if row["candidate"] == "ours")
     assert {row["note"] for row in results["step"]["rows"] if row.get("note")} <= {"not run: no GPU"}
