@@ -83,8 +83,8 @@ _CAT_KD = {  # name: teacher, student, learning rate, weight of the maps, cells 
     "cat_only_binarized": ("cifar_resnet32x4", "cifar_resnet32x4", 0.05, 300, 2, True),
     "cat_only_reduced": ("cifar_resnet32x4", "cifar_resnet32x4", 0.05, 50, 2, True),
     "cat_only_partial": ("cifar_resnet32x4", "cifar_resnet8x4", 0.05, 300, 2, True),
-    "cat_imagenet_resnet34_resnet18": ("resnet34", "resnet18", 0.2, 0.5, 4, False),
-    "cat_imagenet_resnet50_mobilenetv1": ("resnet50", "mobilenetv1_100", 0.2, 10, 2, True),
+    "cat_imagenet_resnet34_resnet18": ("resnet34.tv_in1k", "resnet18", 0.2, 0.5, 4, False),
+    "cat_imagenet_resnet50_mobilenetv1": ("resnet50.tv_in1k", "mobilenetv1_100", 0.2, 10, 2, True),
 }
 _IMAGENET = dict(image_size=224, resize_to=256, augment="deit", teacher_weights="timm", teacher_epochs=0, baseline_epochs=100, epochs=100, milestones=[30, 60, 90], weight_decay=1e-4, batch_size=512)
 _CAT_EXTRA = {"cat_only_binarized": dict(cat_binarize=True), "cat_only_reduced": dict(train_classes=99), "cat_only_partial": dict(cat_classes=75, cat_choice="lowest")}
@@ -95,7 +95,7 @@ def _cat_recipe(name: str) -> dict[str, Any]:
     teacher, student, rate, weight, resolution, normalize = _CAT_KD[name]
     method = "cat" if name.startswith("cat_only") else "cat_kd"
     own = dict(teacher=teacher, student=student, student_bias=False, start="weights", method=method, methods=["ce", method], cat_weight=weight, cat_resolution=resolution,
-               cat_normalize=normalize, **{rates: rate for rates in ("teacher_learning_rate", "baseline_learning_rate", "learning_rate")}, **_CAT_EXTRA.get(name, {}))
+               cat_normalize=normalize, baseline_learning_rate=rate, learning_rate=rate, **_CAT_EXTRA.get(name, {}))
     return _CIFAR | (_IMAGENET if "imagenet" in name else {}) | own
 
 
@@ -315,6 +315,8 @@ def _shrink(values: dict[str, Any]) -> dict[str, Any]:
         small[name] = "scratch" if small.get(name, "timm") == "timm" else small[name]
     if isinstance(trained := _as_number(small.get("train_classes")), int) and isinstance(small["max_classes"], int):
         small["train_classes"] = min(trained, small["max_classes"])
+    if isinstance(chosen := _as_number(small.get("cat_classes")), int) and isinstance(small["max_classes"], int):
+        small["cat_classes"] = min(chosen, small["max_classes"] - 1)  # the original transfers one more of the lowest
     return small
 
 # %% ../nbs/00_config.ipynb #4ab9fd12

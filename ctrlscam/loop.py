@@ -309,7 +309,7 @@ def finish_epoch(state: RunState, stream: Stream, epoch: int, stop: Stop | None)
         progress.watched = epoch
     seconds = progress.spent + time.perf_counter() - began
     progress.metrics.append(row)
-    progress.times.append(dict(epoch=epoch, seconds=seconds, images_per_second=len(stream.batches["train"].sampler.rows) / max(progress.spent, 1e-9)))
+    progress.times.append(dict(epoch=epoch, seconds=seconds, images_per_second=len(stream.batches["train"].sampler.rows) / progress.spent if progress.spent else 0.0))
     progress.epoch, progress.step, progress.spent, state.sums = epoch + 1, 0, 0.0, {}
     return row
 

@@ -63,7 +63,7 @@ STAGED = ("attention_0", "attention_1", "attention_2", "middle")  # what takes t
 
 TEACHINGS: dict[str, Callable[..., Tensor]] = {
     "logits": lambda said: said.outputs.logits,                                                                # B×K
-    "plain_logits": lambda said: said.outputs.features.mean((2, 3)) @ said.outputs.weight.T,                   # B×K, without bias
+    "plain_logits": lambda said: pooled_class_maps(said.outputs, 1).flatten(1),                                # B×K, without bias
     "map": lambda said: standardize_maps(_map(said)),                                                          # B×H×W
     "plain_map": _map,                                                                                         # B×H×W
     "grad_cam": lambda said: grad_cam(said.network, said.images, said.labels),                                 # B×H×W
@@ -159,6 +159,8 @@ class ClassAttentionTransfer(Objective):
         """Named, weighted scalar terms; arguments as in `CrossEntropy.forward`. Raises ValueError if more classes are to be transferred than there are."""
         maps = pooled_class_maps(student, self.resolution), teaching["class_maps"]              # B×K×r×r each
         if self.classes:
+            if self.classes > maps[0].shape[1]:
+                raise ValueError(f"cat_classes: {self.classes} classes would be transferred (cat_count decides whether one is added), but there are {maps[0].shape[1]}")
             maps = select_class_maps(*maps, teaching["plain_logits"], self.classes, self.highest)
         return {"cat": self.cat_weight * cat_loss(*maps, self.resolution, normalize=self.normalize)}
 
@@ -277,7 +279,7 @@ class Method:
     """One entry of the registry."""
 
     title: str
-    objective: Callable[[Settings, Classifier], nn.Module]
+    objective: Callable[[Settings, Classifier], Objective]
     formula: str                 # in TeX
     source: str
     needs: Callable[[Settings], Needs]  # what the objective reads of the teacher
@@ -376,21 +378,42 @@ _OWN = frozenset(METHODS)
 
 
 def add_method(name: str, method: Method) -> None:
-    """Register `method` under `name` for this process; a name of your own may be registered again. Raises ValueError for a name of the package's own, TypeError for what is no method."""
+    """Register `method` under `name` for this process; a name of your own may be registered again. Raises ValueError for a name that is taken or an unknown group of settings, TypeError for what is no method."""
     if name in _OWN:
         raise ValueError(f"method {name!r} belongs to the package; choose another name")
+    if name == "teacher":
+        raise ValueError("method 'teacher': that is the teacher's row in every table; choose another name")
     if not name.isidentifier():
         raise ValueError(f"method {name!r}: a name is made of letters, digits and underscores, since it becomes a folder")
     if not (isinstance(method, Method) and callable(method.objective) and callable(method.needs)):
         raise TypeError(f"method {name!r} must be a Method whose objective and needs can be called, got {method!r}")
+    known = {field.json_schema_extra["group"] for field in Settings.model_fields.values()}
+    if strangers := [group for group in method.groups if group not in known]:
+        raise ValueError(f"method {name!r}: unknown group of settings {strangers[0]!r}{did_you_mean(strangers[0], sorted(known))}")
     METHODS[name] = method
 
 
+def _own_words(kind: type) -> list[str]:
+    """The source of the functions of a class, and its attributes that are plain data."""
+    words = []
+    for name, part in vars(kind).items():
+        part = part.fget if isinstance(part, property) else getattr(part, "__func__", part)
+        if inspect.isfunction(part):
+            words.append(inspect.getsource(part))
+        elif not name.startswith("__") and isinstance(part, (bool, int, float, str, tuple, list, dict, type(None))):
+            words.append(f"{name} = {part!r}")
+    return words
+
+
 def method_code(name: str) -> str | None:
-    """Ten digits that stand for the source of an objective from outside the package; None for the package's own."""
+    """Ten digits that stand for the source and the plain attributes of an objective from outside the package; None for the package's own. Raises ValueError if Python cannot read the source."""
     objective = find_method(name).objective
     if name in _OWN:
         return None
-    parts = [part for kind in inspect.getmro(objective) if not kind.__module__.startswith(("torch.", __name__, "builtins")) for part in vars(kind).values() if inspect.isfunction(part)] \
-        if inspect.isclass(objective) else [objective]
-    return hashlib.sha256("".join(inspect.getsource(part) for part in parts).encode()).hexdigest()[:10]
+    outside = lambda kind: not kind.__module__.startswith(("torch.", __name__, "builtins"))
+    try:
+        words = [word for kind in inspect.getmro(objective) if outside(kind) for word in _own_words(kind)] if inspect.isclass(objective) else [inspect.getsource(objective)]
+    except (OSError, TypeError) as error:
+        raise ValueError(f"method {name!r}: the source of its objective cannot be read ({error}), so a changed formula could not be told from the old one; "
+                         "define it as a class in a notebook or a file") from None
+    return hashlib.sha256("".join(words).encode()).hexdigest()[:10]

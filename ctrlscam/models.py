@@ -261,7 +261,7 @@ def _named_tensors(content: dict[str, Any], own_names: set[str], path: str | Pat
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise ValueError(f"{path} holds no named tensors. Expected a state dict, alone or under 'state_dict', 'model' or 'weight'.")
     for prefix in ("module.", "_orig_mod.", "student.", "model.", "backbone."):

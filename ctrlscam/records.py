@@ -67,8 +67,10 @@ def run_identity(config: Settings) -> dict[str, Any]:
     method = find_method(config.method)
     identity = {"method": config.method, **data_identity(config), **select_groups(config, ("student", "training")), **method_settings(config)}
     identity["student_weights"] = _weights_identity(config.student_weights)
+    if method.needs(config) and not method.teacher:
+        raise ValueError(f"method {config.method!r} needs {', '.join(method.needs(config))} of a teacher; add 'teaching' to its groups")
     if code := method_code(config.method):
-        identity["code"] = code
+        identity |= {"code": code, "needs": method.needs(config)}
     if method.teacher:
         identity["teacher"] = identity_hash(run_identity(teacher_settings(config)))
     if starts_from_baseline(config):

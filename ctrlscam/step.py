@@ -92,7 +92,8 @@ def build_optimizer(student: Classifier, objective: nn.Module, config: Settings)
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: Settings) -> Scheduler:
     """Learning rate per epoch: `schedule.step(epoch)` sets it for that epoch, counted from 0."""
-    shapes = dict(step=dict(decay_epochs=config.step_epochs), multistep=dict(decay_milestones=config.milestones), cosine={})
+    falls = [epoch + 1 for epoch in config.milestones]  # timm's milestone m holds one epoch before m epochs are over
+    shapes = dict(step=dict(decay_epochs=config.step_epochs), multistep=dict(decay_milestones=falls), cosine={})
     schedule, _ = create_scheduler_v2(
         optimizer, sched=config.schedule, num_epochs=max(config.epochs, 1), decay_rate=config.gamma, min_lr=config.min_learning_rate,
         warmup_epochs=config.warmup_epochs, warmup_lr=config.learning_rate / (config.warmup_epochs + 1), **shapes[config.schedule])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -26,16 +27,37 @@ from .data import class_count, load_table
 from .evaluate import map_quality, mcnemar, paired_bootstrap, predictions_table, summary
 from .images import part_masks, write_bytes
 from .maps import map_agreement, squash_maps
-from .methods import find_method, starts_from_baseline
+from .methods import Said, find_method, starts_from_baseline, teach, wants_stages
 from .models import Classifier, check_grid, count_parameters
 from .loop import WATCHED_IMAGES, determinism, disk_needed, evaluate_split, fit, going, resume, save_array, split_maps
 from .processes import any_process, barrier, is_main, main_first, pick_device, world_size
 from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
                               table_runs, write_record)
-from .step import RunState, Stream, build_student, explain_memory, joint_needs, load_network, start_run
+from .step import RunState, Stream, build_student, explain_memory, joint_needs, load_network, seeded, start_run
 from .store import TeacherStore, check_store, open_store, table_digest
 from .views import ViewDataset, finish_batch
 from .watch import check_watchers, write_metrics
+
+# %% ../nbs/10_train.ipynb #aa59a3b1
+def _check_knowledge(config: Settings, teacher: Classifier) -> None:
+    """Raise SettingsError if a teacher that is taken as it is would guess, since its weights hold no classifier of these classes."""
+    report, published = teacher.load_report, timm.get_pretrained_cfg(config.student, allow_unregistered=True)
+    guesses = bool(report.missing or report.mismatched_shapes) if report is not None else config.student_weights == "scratch" or published.num_classes != teacher.num_classes
+    if config.epochs == 0 and guesses and not config.smoke:
+        raise SettingsError(f"teacher_epochs = 0: the weights of {config.student} hold no classifier of these {teacher.num_classes} classes, so the teacher would guess; let it train, or give other weights")
+
+
+@torch.no_grad()
+def _check_terms(config: Settings, teacher: Classifier, student: Classifier) -> None:
+    """Make the terms of each method once, from two black images, so that what does not fit stops before any training."""
+    runs = [config.replace(method=name) for name in dict.fromkeys((config.method, *config.methods))]
+    needs = [find_method(one.method).needs(one) for one in runs]
+    images, labels = torch.zeros(2, 3, config.image_size, config.image_size), torch.zeros(2, dtype=torch.long)
+    staged = any(wants_stages(wanted) for wanted in needs)
+    seen, said = (network(images, stages=True) if staged else network(images) for network in (student, teacher))
+    with seeded("check"):
+        for one, wanted in zip(runs, needs):
+            find_method(one.method).objective(one, student)(seen, teach(Said(said, labels, teacher, images), wanted), labels)
 
 # %% ../nbs/10_train.ipynb #d5cfde57
 def _check_processes(config: Settings) -> None:
@@ -59,10 +81,14 @@ def check_inputs(config: Settings) -> pd.DataFrame:
     _check_processes(config)
     check_watchers(config)
     table = load_table(config)
+    networks = []
     for one in (teacher_settings(config), baseline_settings(config)):
         run_identity(one)
         probe = one.replace(student_weights="scratch") if one.student_weights == "timm" else one  # nothing is downloaded for a check
-        check_grid(build_student(probe, class_count(table)), one.image_size)
+        networks.append(build_student(probe, class_count(table)).eval())
+        check_grid(networks[-1], one.image_size)
+    _check_knowledge(teacher_settings(config), networks[0])
+    _check_terms(config, *networks)
     return table
 
 # %% ../nbs/10_train.ipynb #b6b09392

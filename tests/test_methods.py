@@ -1,4 +1,4 @@
-"""Every method of the registry in real training: alone, side by side, from a store, after a kill; the published presets; the linear probe."""
+"""Every method of the registry in real training: alone, side by side, from a store, after an interruption; the published presets; the linear probe."""
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ctrlscam.loop
 from ctrlscam.config import RECIPES, Settings, SettingsError, teacher_settings
 from ctrlscam.data import load_table
 from ctrlscam.losses import cat_loss
 from ctrlscam.maps import class_activation_maps
-from ctrlscam.methods import METHODS, Method, Said, add_method, find_method, method_table, teach, wants_stages
+from ctrlscam.methods import METHODS, TEACHINGS, Method, Said, add_method, find_method, method_table, teach, wants_stages
 from ctrlscam.models import Classifier
 from ctrlscam.processes import pick_device
 from ctrlscam.records import run_folder
@@ -45,8 +46,57 @@ def test_all_methods_train_side_by_side_and_alone_alike(tiny):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-def test_store_gives_what_the_teacher_says(tiny):
-    """All methods from a teacher store: half precision is the only difference."""
+def test_ramps_and_own_parameters_survive_interruptions(tiny, monkeypatch):
+    """Stopped twice in the middle of an epoch, weights that rise and layers that belong to the method go on as if nothing had happened."""
+    runs = [tiny.replace(method=name, together=3, epochs=3, sdd_ramp=1, dkd_ramp=1, checkpoint_minutes=0) for name in ("sdd", "fitnet", "dkd")]
+    distill_together(runs)
+    others = [one.replace(output_dir=f"{tiny.output_dir}/again") for one in runs]
+    shutil.copytree(Path(tiny.output_dir) / "synthbirds", Path(others[0].output_dir) / "synthbirds", ignore=lambda folder, names: [one for one in names if one.startswith(("sdd-", "fitnet-", "dkd-"))])
+    save, saved = ctrlscam.loop.save_checkpoint, []
+
+    def stopped(state):
+        save(state)
+        saved.append(state)
+        if len(saved) in (7, 20):
+            raise KeyError("stopped")
+
+    monkeypatch.setattr(ctrlscam.loop, "save_checkpoint", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            distill_together(others)
+    distill_together(others)
+    for one, other in zip(runs, others):
+        ours, theirs = (load_file(run_folder(run) / "last.safetensors") for run in (one, other))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), one.method
+
+
+@pytest.mark.parametrize("name", ["sdd", "cat_kd", "fitnet"])
+def test_second_student_learns_from_the_store_without_the_teacher(tiny, monkeypatch, name):
+    config = tiny.replace(method=name, teacher_store=True)
+    distill(config)
+    first = load_file(run_folder(config) / "last.safetensors")
+    shutil.rmtree(run_folder(config))
+    monkeypatch.setattr("ctrlscam.train.check_store", lambda *_, **__: 0)  # it asks the teacher for a sample
+    ask = Stream.ask  # one image tells the shapes
+    monkeypatch.setattr(Stream, "ask", lambda stream, batch: ask(stream, batch) if len(batch.labels) == 1 else pytest.fail("the teacher was asked"))
+    distill(config)
+    second = load_file(run_folder(config) / "last.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_all_teachings_under_autocast(precision):
+    network, images = Classifier("cifar_resnet8", 5).eval(), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        with torch.autocast("cpu", precision):
+            outputs = network(images, stages=True)
+        needs = {name: {"class_maps": {"resolution": 2}, "local_logits": {"grids": [1, 2]}}.get(name, {}) for name in TEACHINGS}
+        said = teach(Said(outputs, torch.tensor([1, 2]), network, images), needs)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in said.values())
+
+
+def test_half_precision_answers_change_little(tiny):
+    """What a store rounds away moves no loss by more than two in a hundred."""
     for name in DISTILLING:
         config = tiny.replace(method=name)
         needs = find_method(name).needs(config)
@@ -61,7 +111,30 @@ def test_store_gives_what_the_teacher_says(tiny):
         assert all(value.isfinite().all() for value in lesson.teaching.values())
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("cat_")])
+PUBLISHED = {  # learning rate, weight of the maps, cells per side, normalised
+    "cat_resnet110_resnet32": (.05, 1.8, 2, False), "cat_resnet56_resnet20": (.05, 0.7, 2, False), "cat_resnet32x4_resnet8x4": (.05, 15, 2, False),
+    "cat_wrn_40_2_wrn_16_2": (.05, 12, 2, False), "cat_wrn_40_2_wrn_40_1": (.05, 1.5, 2, False), "cat_vgg13_vgg8": (.05, 4.5, 2, False),
+    "cat_resnet32x4_shufflenet_v1": (.01, 600, 4, True), "cat_resnet32x4_shufflenet_v2": (.01, 600, 4, True), "cat_wrn_40_2_shufflenet_v1": (.01, 80, 4, True),
+    "cat_resnet50_mobilenetv2": (.01, 40, 2, True), "cat_vgg13_mobilenetv2": (.01, 15, 2, True), "cat_only": (.05, 50, 2, True), "cat_only_binarized": (.05, 300, 2, True),
+    "cat_only_reduced": (.05, 50, 2, True), "cat_only_partial": (.05, 300, 2, True), "cat_imagenet_resnet34_resnet18": (.2, 0.5, 4, False), "cat_imagenet_resnet50_mobilenetv1": (.2, 10, 2, True)}
+EXTRA = {"cat_only_binarized": ("cat_binarize", True), "cat_only_reduced": ("train_classes", 99), "cat_only_partial": ("cat_classes", 75)}
+
+
+def test_presets_hold_the_published_values():
+    assert PUBLISHED.keys() == {name for name in RECIPES if name.startswith("cat_")}
+    for name, values in PUBLISHED.items():
+        config, imagenet = Settings(dataset="cifar100", recipe=name), "imagenet" in name
+        assert (config.learning_rate, config.cat_weight, config.cat_resolution, config.cat_normalize) == values, name
+        assert (config.optimizer, config.momentum, config.schedule, config.gamma) == ("sgd", 0.9, "multistep", 0.1)
+        assert (config.epochs, config.milestones, config.weight_decay) == ((100, [30, 60, 90], 1e-4) if imagenet else (240, [150, 180, 210], 5e-4))
+        assert (config.batch_size, config.teacher_learning_rate) == (512, 0.05) if imagenet else (64, 0.05)
+        for other, (setting, value) in EXTRA.items():
+            assert (getattr(config, setting) == value) == (name == other), (name, setting)
+        assert Settings(dataset="cifar100", recipe=name, smoke=True).epochs == 2
+    assert Settings(dataset="cifar100", recipe="cat_only_partial").cat_choice == "lowest"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_preset(name):
     """Each of the 17 settings builds its networks and takes a gradient on images of its size."""
     config = Settings(dataset="cifar100", recipe=name, teacher_weights="scratch", student_weights="scratch", image_size=32 if "imagenet" not in name else 96, resize_to=None)
@@ -118,7 +191,7 @@ def test_teacher_taken_as_it_is(tiny):
 
 def test_teacher_with_a_hidden_layer_teaches_by_grad_cam(tiny):
     config = tiny.replace(teacher="cifar_resnet50_hidden", teacher_output_stride=32, student="cam_net", student_output_stride=32, image_size=32, method="cam_kd", cam_source="grad_cam",
-                          max_images=8, batch_size=4, teacher_epochs=0, epochs=1)
+                          max_images=8, batch_size=4, teacher_epochs=1, epochs=1)
     record = distill(config)
     row = json.loads((run_folder(config) / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["train_cam"] > 0 and record.networks["student"] == "cam_net"
@@ -127,13 +200,17 @@ def test_teacher_with_a_hidden_layer_teaches_by_grad_cam(tiny):
 def test_own_method_is_not_taken_for_its_former_self(tiny):
     """A changed formula trains again instead of reading the old record."""
     folders = []
-    for power in (1, 2):
-        body = {"forward": lambda self, student, teaching, labels, targets=None: {"own": student.logits.abs().pow(1).mean()}} if power == 1 else \
-               {"forward": lambda self, student, teaching, labels, targets=None: {"own": student.logits.abs().pow(2).mean()}}
+    first = {"forward": lambda self, student, teaching, labels, targets=None: {"own": student.logits.abs().pow(1).mean()}}
+    second = {"forward": lambda self, student, teaching, labels, targets=None: {"own": student.logits.abs().pow(2).mean()}}
+    for body, needs in ((first, {}), (second, {}), (second | {"weight": 2.0}, {}), (second | {"weight": 3.0}, {}), (second | {"weight": 3.0}, {"logits": {}})):
         own = type("Own", (METHODS["ce"].objective,), body)
-        add_method("own", Method("own", own, "", "", lambda config: {}, True, ("ce",)))
+        add_method("own", Method("own", own, "", "", lambda config, needs=needs: needs, True, ("ce", "teaching")))
         folders.append(run_folder(tiny.replace(method="own")))
-    assert folders[0] != folders[1]
+    assert len(set(folders)) == 5
+    add_method("own", Method("own", own, "", "", lambda config: {"logits": {}}, True, ("ce",)))
+    with pytest.raises(ValueError, match="add 'teaching' to its groups"):
+        run_folder(tiny.replace(method="own"))
+    add_method("own", Method("own", own, "", "", lambda config: {}, True, ("ce",)))
     assert distill(tiny.replace(method="own")).method == "own"
     del METHODS["own"]
 
