@@ -190,7 +190,7 @@ def test_teacher_taken_as_it_is(tiny):
 
 
 def test_teacher_with_a_hidden_layer_teaches_by_grad_cam(tiny):
-    config = tiny.replace(teacher="cifar_resnet50_hidden", teacher_output_stride=32, student="cam_net", student_output_stride=32, image_size=32, method="cam_kd", cam_source="grad_cam",
+    config = tiny.replace(teacher="cifar_resnet50_hidden", teacher_output_stride=32, student="cam_net", student_output_stride=32, image_size=16, method="cam_kd", cam_source="grad_cam",
                           max_images=8, batch_size=4, teacher_epochs=1, epochs=1)
     record = distill(config)
     row = json.loads((run_folder(config) / "metrics.jsonl").read_text().splitlines()[-1])
