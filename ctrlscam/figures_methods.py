@@ -100,6 +100,16 @@ def _reference_lines(axes: Axes, table: pd.DataFrame) -> None:
         axes.axvline(100 * row["mean"], color=colour, linestyle=REFERENCES[row["row"]], linewidth=1.5)
 
 # %% ../nbs/11a_figures_methods.ipynb #29072dff
+def _zoom(axes: Axes, table: pd.DataFrame) -> None:
+    """Limit the axis to the students; a teacher far above them is named below the axis instead."""
+    ends = 100 * table.loc[table["row"] != "teacher", ["mean", "low", "high"]].to_numpy(float)
+    low, high = np.nanmin(ends), np.nanmax(ends)
+    margin = 0.08 * (high - low) or 1.0
+    above = [100 * mean for mean in table.loc[table["row"] == "teacher", "mean"]]
+    if above and above[0] - high > high - low:
+        axes.set(xlim=(low - margin, high + margin), xlabel=f"top-1 accuracy (%); teacher {above[0]:.1f}, off the axis")
+
+
 def _method_order(tables: Mapping[str, pd.DataFrame], sort: bool) -> dict[str, str]:
     """Row name -> title of the methods that are no references, in the order of the tables or with the highest mean first."""
     rows = pd.concat(tables.values(), ignore_index=True)
@@ -128,6 +138,7 @@ def methods_figure(intervals: pd.DataFrame | Mapping[str, pd.DataFrame], *, sort
             _interval_dot(axes, list(titles).index(row["row"]), row, method_colour(row["row"]))
         axes.set(title=name, xlabel="top-1 accuracy (%)", yticks=range(len(titles)), yticklabels=list(titles.values()), ylim=(len(titles) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
+        _zoom(axes, table)
     _reference_legend(figure, pd.concat(tables.values()))
     return figure
 
