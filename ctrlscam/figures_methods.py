@@ -118,7 +118,7 @@ def _method_order(tables: Mapping[str, pd.DataFrame], sort: bool) -> dict[str, s
     means = rows.groupby("row")["mean"].mean()
     return {name: titles[name] for name in (sorted(titles, key=lambda name: -means[name]) if sort else titles)}
 
-
+# %% ../nbs/11a_figures_methods.ipynb #d5f83491
 @_styled
 def methods_figure(intervals: pd.DataFrame | Mapping[str, pd.DataFrame], *, sort: bool = False) -> Figure:
     """Accuracy of all methods: a dot with its 95 % interval for each, lines for teacher, student alone and same extra epochs; one panel per data set.
