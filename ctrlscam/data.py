@@ -651,18 +651,27 @@ def _set_aside(table: pd.DataFrame, share: float) -> pd.DataFrame:
     return table.assign(split=table.split.mask(table.index.isin(val), "val"))
 
 # %% ../nbs/02_data.ipynb #20a6b8c3
+def _first_classes(table: pd.DataFrame, config: Settings) -> pd.DataFrame:
+    """The images of the first `max_classes` classes; of a joint set those of each part, with labels that leave no gap. DataError if there are not so many."""
+    if config.max_classes is None:
+        return table
+    parts = table.path.str.split("/").str[0] if "+" in config.dataset else pd.Series("", table.index)  # the parts' folders
+    start = table.label.groupby(parts).transform("min")
+    if (fewest := (table.label - start).groupby(parts).max().min() + 1) < config.max_classes:
+        raise DataError(f"max_classes = {config.max_classes}, but {config.dataset} has {fewest} classes" + (" in one of its parts" if "+" in config.dataset else ""))
+    place = table.label - start
+    return table.assign(label=place + start.rank(method="dense").astype(int).sub(1) * config.max_classes)[place < config.max_classes]
+
+
 def load_table(config: Settings) -> pd.DataFrame:
     """The table of `config.dataset` with splits train, val and test (and unused), restricted as the settings say; row numbers are sample numbers.
 
     Raises DataError if files are missing or contradict each other, and if the settings leave too little.
     """
-    table = index_dataset(config.dataset, config.data_dir)
+    whole = index_dataset(config.dataset, config.data_dir)
+    table = _first_classes(whole, config)
     if config.leave_out is not None:
-        table = _leave_out(table, project_root() / config.leave_out)
-    if config.max_classes is not None:
-        if config.max_classes > class_count(table):
-            raise DataError(f"max_classes = {config.max_classes}, but {config.dataset} has {class_count(table)} classes")
-        table = table[table.label < config.max_classes]
+        table = table.loc[table.index.intersection(_leave_out(whole, project_root() / config.leave_out).index)]
     if config.max_images is not None:
         table = _limit_images(table, config.max_images)
     table = _set_aside(table.reset_index(drop=True), config.validation_share)

@@ -263,6 +263,8 @@ def train_epoch(states: list[RunState], stream: Stream, epoch: int, stop: Stop, 
         with explain_memory(states[0]):
             lessons = next(arriving)
             for state in learners:
+                if state.schedule is not None:
+                    state.schedule.step_update(epoch * last + step)
                 if terms := train_step(state, lessons, epoch, step):
                     state.recent.append((step, terms))
                 state.progress.step = step + 1
@@ -352,13 +354,15 @@ def _announce(state: RunState, row: dict[str, float], watchers: Watchers, on_epo
 
 def _fit(states: list[RunState], stream: Stream, on_epoch: Callable[[pd.DataFrame], None] | None, stop: Stop, watchers: list[Watchers]) -> None:
     """Epoch after epoch until every state has trained as many as its settings say."""
-    schedules, clock = [build_schedule(state.optimizer, state.config) for state in states], Clock(states[0].config.checkpoint_minutes)
+    clock = Clock(states[0].config.checkpoint_minutes)
+    for state in states:
+        state.schedule = build_schedule(state.optimizer, state.config, len(stream.batches["train"]))
     rounds = [max(state.config.epochs, 1) for state in states]  # with no epoch at all, weights are evaluated as they are
     while left := [state.progress.epoch for state, most in zip(states, rounds) if state.failure is None and state.progress.epoch < most]:
         epoch = min(left)
         learners = [k for k, state in enumerate(states) if state.failure is None and state.progress.epoch == epoch and epoch < rounds[k]]
         for k in learners:
-            schedules[k].step(epoch)
+            states[k].schedule.step(epoch)
         if trained := [states[k] for k in learners if epoch < states[k].config.epochs]:
             train_epoch(trained, stream, epoch, stop, clock)
         for k in learners:

@@ -207,11 +207,14 @@ def deit_distillation_loss(cls_logits: Tensor,  # B×K output of the class token
                            alpha: float,  # weight of the distillation part, 0…1
                            tau: float,  # temperature of the soft kind
                            label_smoothing: float = 0.1,  # for class indices only
+                           reduction: str = "element",  # of the soft kind: mean over images and classes as in DeiT, or "batch", mean over images
                            ) -> Tensor:  # scalar
     """(1−α)·cross-entropy of the class token + α·distillation of the second token.
 
-    Raises ValueError for an unknown kind. Source: Touvron et al., ICML 2021 (arXiv 2012.12877).
+    Raises ValueError for an unknown kind or reduction. Source: Touvron et al., ICML 2021 (arXiv 2012.12877).
     """
+    if reduction not in ("element", "batch"):
+        raise ValueError(f"unknown reduction {reduction!r}; choose element or batch")
     if kind not in ("none", "soft", "hard"):
         raise ValueError(f"unknown kind of distillation {kind!r}; choose one of none, soft, hard")
     smoothing = 0.0 if labels.is_floating_point() else label_smoothing
@@ -222,7 +225,7 @@ def deit_distillation_loss(cls_logits: Tensor,  # B×K output of the class token
         _check_logits(dist_logits, teacher_logits, tau)
         dist = F.cross_entropy(full_precision(dist_logits), teacher_logits.argmax(1))
     else:
-        dist = kd_loss(dist_logits, teacher_logits, tau) / teacher_logits.shape[1]
+        dist = kd_loss(dist_logits, teacher_logits, tau) / (teacher_logits.shape[1] if reduction == "element" else 1)
     return (1 - alpha) * base + alpha * dist
 
 # %% ../nbs/05_losses.ipynb #8fcea69b

@@ -12,6 +12,7 @@ __all__ = ['OnEpoch', 'check_inputs', 'load_teacher', 'open_stream', 'start_stud
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from .evaluate import map_quality, mcnemar, paired_bootstrap, predictions_table,
 from .images import part_masks, write_bytes
 from .maps import map_agreement, squash_maps
 from .methods import Said, find_method, starts_from_baseline, teach, wants_stages
-from .models import Classifier, check_grid, count_parameters
+from .models import Network, check_grid, count_parameters
 from .loop import WATCHED_IMAGES, determinism, disk_needed, evaluate_split, fit, going, resume, save_array, split_maps
 from .processes import any_process, barrier, is_main, main_first, pick_device, world_size
 from .records import (Record, RecordError, Score, describe_environment, file_sha256, public_settings, read_run, row_title, run_folder, run_identity,
@@ -39,25 +40,35 @@ from .views import ViewDataset, finish_batch
 from .watch import check_watchers, write_metrics
 
 # %% ../nbs/10_train.ipynb #aa59a3b1
-def _check_knowledge(config: Settings, teacher: Classifier) -> None:
+def _without_download(config: Settings) -> Settings:
+    """The same run with random weights in place of published ones: nothing is downloaded for a check."""
+    return config.replace(student_weights="scratch") if config.student_weights == "timm" else config
+
+
+def _check_knowledge(config: Settings, teacher: Network) -> None:
     """Raise SettingsError if a teacher that is taken as it is would guess, since its weights hold no classifier of these classes."""
     report, published = teacher.load_report, timm.get_pretrained_cfg(config.student, allow_unregistered=True)
-    guesses = bool(report.missing or report.mismatched_shapes) if report is not None else config.student_weights == "scratch" or published.num_classes != teacher.num_classes
+    new = config.student_weights == "scratch" or find_method(config.method).multi_stage or published.num_classes != teacher.num_classes
+    only_backbone = report is not None and find_method(config.method).multi_stage and report.loaded <= len(teacher.backbone.state_dict())
+    guesses = new if report is None else bool(report.missing or report.mismatched_shapes or only_backbone)
     if config.epochs == 0 and guesses and not config.smoke:
         raise SettingsError(f"teacher_epochs = 0: the weights of {config.student} hold no classifier of these {teacher.num_classes} classes, so the teacher would guess; let it train, or give other weights")
 
 
 @torch.no_grad()
-def _check_terms(config: Settings, teacher: Classifier, student: Classifier) -> None:
-    """Make the terms of each method once, from two black images, so that what does not fit stops before any training."""
-    runs = [config.replace(method=name) for name in dict.fromkeys((config.method, *config.methods))]
-    needs = [find_method(one.method).needs(one) for one in runs]
+def _check_terms(config: Settings, num_classes: int, teacher: Network | None) -> None:
+    """Make the network and the terms of each method once, from two black images, so that what does not fit stops before any training."""
     images, labels = torch.zeros(2, 3, config.image_size, config.image_size), torch.zeros(2, dtype=torch.long)
-    staged = any(wants_stages(wanted) for wanted in needs)
-    seen, said = (network(images, stages=True) if staged else network(images) for network in (student, teacher))
+    look = cache(lambda network, staged: network(images, stages=True) if staged else network(images))
+    students: dict[bool, Network] = {}
     with seeded("check"):
-        for one, wanted in zip(runs, needs):
-            find_method(one.method).objective(one, student)(seen, teach(Said(said, labels, teacher, images), wanted), labels)
+        for name in dict.fromkeys((config.method, *config.methods)):
+            one, method = config.replace(method=name), find_method(name)
+            if method.multi_stage not in students:
+                students[method.multi_stage] = build_student(_without_download(one), num_classes).train()  # some networks answer otherwise in evaluation
+            student, needs = students[method.multi_stage], method.needs(one)
+            teaching = teach(Said(look(teacher, wants_stages(needs)), labels, teacher, images), needs) if needs else {}
+            method.objective(one, student)(look(student, wants_stages(needs)), teaching, labels)
 
 # %% ../nbs/10_train.ipynb #d5cfde57
 def _check_processes(config: Settings) -> None:
@@ -75,24 +86,26 @@ def check_inputs(config: Settings) -> pd.DataFrame:
 
     Raises ValueError (SettingsError and DataError are such) or FileNotFoundError that names the setting or the file.
     """
-    for name in (config.method, *config.methods):
-        find_method(name)
+    learns = [name for name in (config.method, *config.methods) if find_method(name).teacher]
+    if (own := find_method(config.teacher_method)).teacher or own.from_baseline:
+        raise SettingsError(f"teacher_method = {config.teacher_method!r} builds on other runs; a teacher is trained by ce or herbs")
     pick_device(config)
     _check_processes(config)
     check_watchers(config)
     table = load_table(config)
-    networks = []
-    for one in (teacher_settings(config), baseline_settings(config)):
-        run_identity(one)
-        probe = one.replace(student_weights="scratch") if one.student_weights == "timm" else one  # nothing is downloaded for a check
-        networks.append(build_student(probe, class_count(table)).eval())
-        check_grid(networks[-1], one.image_size)
-    _check_knowledge(teacher_settings(config), networks[0])
-    _check_terms(config, *networks)
+    networks = {}
+    for role, one in {"teacher": teacher_settings(config), "student": baseline_settings(config)}.items():
+        if role == "student" or learns:
+            run_identity(one)
+            networks[role] = build_student(_without_download(one), class_count(table)).eval()
+            check_grid(networks[role], one.image_size)
+    if learns:
+        _check_knowledge(teacher_settings(config), networks["teacher"])
+    _check_terms(config, class_count(table), networks.get("teacher"))
     return table
 
 # %% ../nbs/10_train.ipynb #b6b09392
-def load_teacher(config: Settings, num_classes: int, device: torch.device) -> Classifier:
+def load_teacher(config: Settings, num_classes: int, device: torch.device) -> Network:
     """The trained teacher of `config`: frozen, in evaluation mode, on `device`."""
     run = teacher_settings(config)
     return load_network(run, num_classes, run_folder(run) / "picked.safetensors").to(device).eval().requires_grad_(False)

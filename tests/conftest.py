@@ -12,7 +12,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb"))
-PAPERMILL = ("teacher", "distill", "cam_kd", "tables", "benchmark")
+PAPERMILL = {  # what their parameters cells set beyond the usual
+    "teacher": {}, "distill": {}, "cam_kd": {}, "tables": {}, "benchmark": {},
+    "herbs_train": dict(method="herbs", methods="ce,herbs_head,herbs_refined,herbs"), "herbs_evaluate": dict(method="herbs", methods="herbs"), "herbs_heatmap": dict(method="herbs", methods="herbs"),
+    "deit": dict(method="deit_hard", methods="ce,deit_soft,deit_hard"),
+}
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_exported_cells_are_short(path):
 def test_parameters_cell_is_tagged_and_generated(name):
     tagged = [cell for cell in cells(ROOT / "nbs" / f"{name}.ipynb") if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1, "papermill would silently run the defaults"
-    assert source(tagged[0]) == parameters_cell(), "paste the output of ctrlscam.config.parameters_cell()"
+    assert source(tagged[0]) == parameters_cell(**PAPERMILL[name]), f"paste the output of ctrlscam.config.parameters_cell(**{PAPERMILL[name]})"
 
 
 @pytest.mark.parametrize("name", PAPERMILL)
@@ -57,7 +57,7 @@ def test_public_name(name):
 
 
 def test_modules_import_only_from_above():
-    order = ["config", "synthetic", "data", "images", "views", "download", "cifar", "models", "maps", "heads", "losses", "baselines", "methods", "evaluate", "processes", "records", "checkpoint", "store", "watch", "step", "loop", "train", "figures", "figures_methods", "benchmark", "benchmark_training", "benchmark_methods", "cli"]
+    order = ["config", "synthetic", "data", "images", "views", "download", "cifar", "models", "maps", "heads", "attention", "losses", "baselines", "herbs", "heatmaps", "methods", "evaluate", "breakdown", "processes", "records", "checkpoint", "store", "watch", "step", "loop", "train", "reports", "figures", "figures_methods", "figures_systems", "benchmark", "benchmark_training", "benchmark_methods", "benchmark_herbs", "cli"]
     for place, module in enumerate(order):
         text = (ROOT / "ctrlscam" / f"{module}.py").read_text(encoding="utf-8")
         used = set(re.findall(r"^(?:from \.|import ctrlscam\.)(\w+)", text, re.M))
