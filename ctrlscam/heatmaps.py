@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from captum.attr import LayerActivation, LayerGradientXActivation
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Settings, project_root
 from .data import DataError, _image_files, first_five
@@ -33,23 +33,59 @@ def head_score(outputs: HerbsOutputs,
     summed = sum(logits.softmax(1) for logits in outputs.heads.values())  # B×K
     return summed.gather(1, labels[:, None])[:, 0]
 
-# %% ../nbs/06a_heatmaps.ipynb #02f8343d
+# %% ../nbs/06a_heatmaps.ipynb #ae7c1af9
+def _as_grid(raw: Tensor, shape: Sequence[int]) -> Tensor | None:
+    "A module's output as the grid B×C×H×W of that shape (C, H, W): as it is, from B×H×W×C, or from tokens behind some that have no place. None if it does not fit."
+    channels, height, width = shape
+    if raw.ndim == 4 and tuple(raw.shape[1:]) == (channels, height, width):
+        return raw
+    if raw.ndim == 4 and tuple(raw.shape[1:]) == (height, width, channels):
+        return raw.permute(0, 3, 1, 2)
+    if raw.ndim == 3 and raw.shape[2] == channels and raw.shape[1] >= height * width:
+        return raw[:, raw.shape[1] - height * width:].transpose(1, 2).unflatten(2, (height, width))
+    return None
+
+
+@torch.no_grad()
+def _watched_modules(network: Herbs, image: Tensor) -> tuple[list[nn.Module], list[Sequence[int]]]:
+    "The twelve modules at which gradients are taken, and the shapes C, H, W of their grids; `image` is 1×3×height×width."
+    places, seen = list(network.places), []
+    shapes = [grid.shape[1:] for grid in LayerActivation(network, places).attribute(image)]
+    stages = dict(zip(places[:len(network.grids)], shapes))
+
+    def keep(module: nn.Module, _: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and any(_as_grid(output, shape) is not None for shape in stages.values()):
+            seen.append((module, output))
+
+    hooks = [module.register_forward_hook(keep) for module in (*network.backbone.modules(), *stages)]
+    try:
+        network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    arrived, makers = {module: grid for module, grid in seen if module in stages}, []
+    for stage, shape in stages.items():
+        fitting = [module for module, raw in seen if module not in stages and (grid := _as_grid(raw, shape)) is not None and torch.equal(grid, arrived[stage])]
+        makers.append([stage, *fitting][-1])
+    return [*makers, *places[len(makers):]], shapes
+
+# %% ../nbs/06a_heatmaps.ipynb #1e13d6d5
 def place_maps(network: Herbs,
                images: Tensor,  # B×3×height×width, normalised
                labels: Tensor,  # B class numbers
                ) -> list[Tensor]:  # 12 maps B×H_i×W_i, float32, not negative
-    """Grad-CAM of the summed head score at each of `network.places`, rectified channel by channel; the network is in evaluation mode meanwhile.
+    """Grad-CAM of the summed head score at the twelve places, rectified channel by channel. The network must be in evaluation mode.
 
     Source: Selvaraju et al., ICCV 2017; the order of rectifying and summing is that of HERBS (arXiv 2303.06442).
     """
-    places = list(network.places)
-
     def score(batch: Tensor) -> Tensor:
         return head_score(network(batch), labels)
 
-    gradients = LayerGradientXActivation(score, places, multiply_by_inputs=False).attribute(images)  # 12 × B×C×H×W
-    activations = LayerActivation(score, places).attribute(images)
-    return [_rectified_sum(gradient, activation) for gradient, activation in zip(gradients, activations)]
+    modules, shapes = _watched_modules(network, images[:1])
+    images = images.detach().requires_grad_()
+    gradients = LayerGradientXActivation(score, modules, multiply_by_inputs=False).attribute(images)
+    activations = LayerActivation(score, modules).attribute(images)
+    return [_rectified_sum(_as_grid(gradient, shape), _as_grid(activation, shape)) for gradient, activation, shape in zip(gradients, activations, shapes)]
 
 
 def _rectified_sum(gradient: Tensor, activation: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def _last_stages(backbone: nn.Module, images: Tensor, name: str) -> list[int]:
         return [math.ceil(len(shapes) * part / STAGES) - 1 for part in range(1, STAGES + 1)]
     return list(range(len(shapes) - STAGES, len(shapes)))
 
-# %% ../nbs/06_herbs.ipynb #8c121494
+
 def _stages_of_swin(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     "The four stages of a Swin, each after the halving that follows it, B×C×H×W views."
     features, stages = backbone.patch_embed(images), []  # B×H×W×C
@@ -86,7 +86,7 @@ class PyramidPath(nn.Module):
 
 def _add_across(target: Tensor, source: Tensor, layer: nn.Linear) -> Tensor:
     "The tokens `target`, B×S_j×D, plus the linear layer S_i → S_j over the places of `source`, B×S_i×D."
-    return torch.baddbmm(target, layer.weight.expand(len(source), -1, -1), source) + layer.bias[:, None]
+    return target + layer(source.transpose(1, 2)).transpose(1, 2)  # one product for all images, unlike weight @ source
 
 # %% ../nbs/06_herbs.ipynb #4f9ab424
 class TokenClassifier(nn.Module):
@@ -181,7 +181,7 @@ def _on_grid(hidden: Tensor, own: Grid, grid: Grid) -> Tensor:
         return cells
     return F.adaptive_avg_pool2d(cells, grid) if math.prod(own) > math.prod(grid) else F.interpolate(cells, grid)
 
-# %% ../nbs/06_herbs.ipynb #cd2c4863
+
 class HerbsOutputs(NamedTuple):
     "What a HERBS network returns for a batch of images."
     logits: Tensor                # B×K log of the mean of the nine heads' probabilities
