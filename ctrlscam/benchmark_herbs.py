@@ -206,7 +206,7 @@ def places_in_common(network: Herbs, tokens: Sequence[Tensor], votes: Sequence[T
 
 # %% ../nbs/12c_benchmark_herbs.ipynb #e5ec6a3c
 LOOP = ", image by image"
-REPEATS = 5  # passes of one measurement on an accelerator
+REPEATS = 3  # passes of one measurement on an accelerator
 
 
 def herbs_row(name: str, ms: dict[str, np.ndarray], case: HerbsCase) -> dict[str, Any]:

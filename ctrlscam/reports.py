@@ -7,7 +7,7 @@ __all__ = ['open_network', 'predictions_of', 'families_of', 'family_report_of', 
            'heads_of', 'HeatMap', 'heat_maps_of']
 
 # %% ../nbs/10a_reports.ipynb #570213ff
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,7 +170,7 @@ def _batches_of_pictures(config: Settings, count: int) -> Iterator[tuple[np.ndar
 def _title(answer: str, probability: float, truth: str) -> str:
     """What stands above a heat map."""
     said = f"{answer} ({100 * probability:.0f} %)"
-    return said if not truth or truth == answer else f"{said}, truly {truth}"
+    return said if not truth or truth == answer else f"{said}\ntruly {truth}"
 
 # %% ../nbs/10a_reports.ipynb #50611a7c
 def heat_maps_of(config: Settings, checkpoint: str | Path | None = None, *, count: int = 6) -> Iterator[HeatMap]:
@@ -180,7 +180,7 @@ def heat_maps_of(config: Settings, checkpoint: str | Path | None = None, *, coun
     """
     table, device = load_table(config), pick_device(config)
     names = table.groupby("label").class_name.first().reindex(range(class_count(table)), fill_value="").tolist()
-    network = _open_herbs(config, table, checkpoint)
+    network, count = _open_herbs(config, table, checkpoint), min(count, int((table.split == "test").sum()))
     for pictures, files, truths in _batches_of_pictures(config, count):
         images = network_input(pictures, config).to(device)
         with torch.no_grad():

@@ -87,6 +87,23 @@ def test_refinement_teaches_the_top_down_path_only():
     assert all(gradient is None or not gradient.any() for gradient in selected)
 
 
+@pytest.mark.parametrize("name, size", [("resnet50", 128), ("swin_tiny_patch4_window7_224", 224), ("convnext_tiny", 128), ("efficientnet_b0", 128), ("mobilenetv3_large_100", 160), ("vit_tiny_patch16_224", 128)])
+def test_whole_loss_falls_on_common_backbones(name, size):
+    """Real networks at real sizes: four steps on four images, with all terms of the method."""
+    config = Settings(dataset="synthbirds", method="herbs", student=name, student_weights="scratch", image_size=size, herbs_width=64, herbs_selects=[24, 16, 8, 4], optimizer="adamw", student_output_stride=32)
+    network = build_student(config, 4).train()
+    objective = find_method("herbs").objective(config, network)
+    optimizer, images, labels, losses = torch.optim.AdamW(network.parameters(), 5e-4), torch.randn(4, 3, size, size), torch.arange(4), []
+    for _ in range(4):
+        terms = objective(network(images), {}, labels)
+        losses.append(sum(terms.values()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
 def test_herbs_study_needs_no_teacher(tiny):
     config = tiny.replace(methods=["ce", "herbs_head", "herbs_refined", "herbs"], method="herbs", **HERBS)
     records = distill_all(config)
