@@ -119,7 +119,7 @@ _TRUNK = "data/weights/mobilenetv2_100_imagenet_trunk.safetensors"
 
 RECIPES |= {
     "deit_synthbirds": RECIPES["synthbirds"] | dict(
-        student="deit_tiny_distilled_patch16_224", student_output_stride=32, label_smoothing=0.1, baseline_learning_rate=1e-3, learning_rate=1e-3, start="weights", methods=["ce", "deit_soft", "deit_hard"]),
+        student="deit_tiny_distilled_patch16_224", student_output_stride=32, label_smoothing=0.1, baseline_learning_rate=1e-3, learning_rate=1e-3, start="weights", method="deit_hard", methods=["ce", "deit_soft", "deit_hard"]),
     "deit_teacher": _DEIT | dict(batch_size=32, accumulate=2, ema_decay=0.0, methods=["ce"]),
     "deit_baseline": _DEIT | dict(method="ce", methods=["ce"]),
     "deit_distilled": _DEIT,
@@ -130,7 +130,7 @@ RECIPES |= {
         student="deit_tiny_distilled_patch16_224", student_weights="scratch", batch_size=64, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup_epochs=1, label_smoothing=0.1,
         teacher_epochs=4, baseline_epochs=12, epochs=12, teacher_learning_rate=1e-3, baseline_learning_rate=1e-3, learning_rate=1e-3, start="weights", method="deit_hard", methods=["ce", "deit_soft", "deit_hard"],
     ),
-    "herbs_synthbirds": RECIPES["synthbirds"] | dict(student_output_stride=32, herbs_width=64, herbs_selects=[64, 32, 8, 2], herbs_halving=1, methods=["ce", "herbs"]),
+    "herbs_synthbirds": RECIPES["synthbirds"] | dict(student_output_stride=32, learning_rate=3e-3, herbs_width=64, herbs_selects=[64, 32, 8, 2], herbs_halving=1, method="herbs", methods=["ce", "herbs_head", "herbs_refined", "herbs"]),
     "herbs": _HERBS | dict(student="swin_large_patch4_window12_384.ms_in22k", method="herbs", methods=["ce", "herbs"]),
     "herbs_distill": _HERBS | dict(teacher="swin_large_patch4_window12_384.ms_in22k", teacher_method="herbs"),
     "herbs_small": _HERBS_SMALL | dict(
@@ -339,7 +339,7 @@ class RunSettings(BaseModel):
     seed: int = _field(0, "seed", "seed of initial weights, order and augmentation", ge=0, lt=2**31)
     methods: Names = _field(["ce", "ce_longer", "kd", "ctrls_cam"], "runtime", "methods that a notebook compares, comma-separated")
     seeds: Counts = _field([0], "runtime", "seeds that a notebook repeats everything with, comma-separated")
-    recipe: Literal["auto", *RECIPES] = _field("auto", "runtime", "where unset values come from; auto takes that of the method for herbs and deit; else synthbirds for synthbirds, cifar for cifar10 and cifar100, paper otherwise")
+    recipe: Literal["auto", *RECIPES] = _field("auto", "runtime", "where unset values come from; auto takes that of the method for herbs and deit (herbs and deit_distilled are herbs_synthbirds and deit_synthbirds on synthbirds); else synthbirds for synthbirds, cifar for cifar10 and cifar100, paper otherwise")
     smoke: bool = _field(False, "runtime", "shrink the run to seconds: it proves that the pieces fit, not that they learn")
     device: Literal["auto", "cpu", "cuda", "mps"] = _field("auto", "runtime", "auto takes the first accelerator found")
     compile: bool = _field(False, "runtime", "compile teacher and student with torch.compile: slow to start, then faster")
@@ -360,13 +360,12 @@ class RunSettings(BaseModel):
 # %% ../nbs/00_config.ipynb #93ea06fd
 def _recipe_of(values: dict[str, Any]) -> str:
     """The recipe that fills gaps: the one named, or the one that fits the method and the data set."""
-    named = values.get("recipe", "auto")
+    named, dataset, method = values.get("recipe", "auto"), str(values.get("dataset", "synthbirds")), str(values.get("method"))
+    for system, published in (("herbs", "herbs"), ("deit", "deit_distilled")):
+        if named == published or named == "auto" and method.startswith(system):
+            return f"{system}_synthbirds" if dataset == "synthbirds" else published
     if named != "auto":
         return named
-    dataset, method = str(values.get("dataset", "synthbirds")), str(values.get("method"))
-    for system, published in (("herbs", "herbs"), ("deit", "deit_distilled")):
-        if method.startswith(system):
-            return f"{system}_synthbirds" if dataset == "synthbirds" else published
     return "synthbirds" if dataset == "synthbirds" else "cifar" if dataset.startswith("cifar") else "paper"
 
 

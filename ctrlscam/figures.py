@@ -75,9 +75,10 @@ METHOD_COLOURS: dict[str, str] = {"teacher": "#222222", "ce": "#999999", "ce_lon
 
 
 def method_colour(name: str) -> str:
-    """The colour of a method as #rrggbb: fixed for the main rows, computed from the name for all others."""
-    wheel = sns.husl_palette(23, s=0.85, l=0.55).as_hex()
-    return METHOD_COLOURS.get(name, wheel[zlib.crc32(name.encode()) % len(wheel)])
+    """The colour of a method as #rrggbb: fixed for the main rows, by their order for others of the registry, computed from the name for names outside it."""
+    wheel, others = sns.husl_palette(23, s=0.85, l=0.55).as_hex(), [one for one in METHODS if one not in METHOD_COLOURS]
+    place = 7 * others.index(name) if name in others else zlib.crc32(name.encode())  # steps of 7 of 23 keep neighbours apart
+    return METHOD_COLOURS.get(name, wheel[place % len(wheel)])
 
 
 def method_label(name: str) -> str:

@@ -292,7 +292,7 @@ def _epoch_line(config: Settings, row: dict[str, float], seconds: float) -> str:
 
 def _epoch_means(state: RunState, stream: Stream) -> dict[str, float]:
     """Means of each term, of their sum and of top-1 over the images of all processes, and the number of steps that the scaler left out."""
-    images = len(stream.batches["train"].sampler.rows)
+    images = stream.batches["train"].images
     sums = {name: value.to(sum_dtype(state.device), copy=True) for name, value in state.sums.items() if name != "skipped"}
     sum_over_processes(list(sums.values()))
     means = {f"train_{name}": float(value) / images for name, value in sums.items()}
@@ -311,7 +311,7 @@ def finish_epoch(state: RunState, stream: Stream, epoch: int, stop: Stop | None)
         progress.watched = epoch
     seconds = progress.spent + time.perf_counter() - began
     progress.metrics.append(row)
-    progress.times.append(dict(epoch=epoch, seconds=seconds, images_per_second=len(stream.batches["train"].sampler.rows) / progress.spent if progress.spent else 0.0))
+    progress.times.append(dict(epoch=epoch, seconds=seconds, images_per_second=stream.batches["train"].images / progress.spent if progress.spent else 0.0))
     progress.epoch, progress.step, progress.spent, state.sums = epoch + 1, 0, 0.0, {}
     return row
 

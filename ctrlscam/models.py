@@ -542,7 +542,7 @@ def check_grid(model: Network, image_size: int | tuple[int, int]) -> tuple[int, 
     if cells >= GOOD_GRID:
         return rows, columns
     stride = next((s for s in (32, 16, 8) if pixels // s >= GOOD_GRID), None)
-    advice = (f"Choose output_stride={stride} (about {pixels // stride}×{pixels // stride} cells), if this family takes it, or larger images."
+    advice = ("Choose larger images." if not isinstance(model, Classifier) else f"Choose output_stride={stride} (about {pixels // stride}×{pixels // stride} cells), if this family takes it, or larger images."
               if stride else f"Choose images of at least {8 * GOOD_GRID} pixels with output_stride=8.")
     message = f"{model.name} has a grid of {rows}×{columns} cells for images of {pixels} pixels"
     if cells < SMALLEST_GRID:

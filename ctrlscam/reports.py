@@ -82,8 +82,7 @@ def families_of(config: Settings, level: str = "family") -> list[str]:
     levels = dict.fromkeys(column for name in grouped for column in hierarchy(name, config.data_dir).columns[2:])
     if level not in levels:
         raise ValueError(f"level {level!r} is none of {config.dataset}; levels: {', '.join(levels)}")
-    groups = [group for name in parts for group in _groups(name, config, level)][:config.max_classes]
-    return groups
+    return [group for name in parts for group in _groups(name, config, level)[:config.max_classes]]  # `max_classes` counts in each part
 
 # %% ../nbs/10a_reports.ipynb #e56d34ac
 def family_report_of(config: Settings, predictions: pd.DataFrame | None = None, *, level: str = "family", smallest: int = 5) -> pd.DataFrame:
@@ -112,7 +111,7 @@ def confusion_of(config: Settings, family: str, predictions: pd.DataFrame | None
 def parts_of(config: Settings) -> list[str]:
     """The data set that each class of `config` comes from."""
     sizes = [(name, class_count(index_dataset(name, config.data_dir))) for name in _part_names(config)]
-    return [name for name, size in sizes for _ in range(size)][:config.max_classes]
+    return [name for name, size in sizes for _ in range(size)[:config.max_classes]]
 
 
 def part_report_of(config: Settings, predictions: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb"))
 PAPERMILL = {  # what their parameters cells set beyond the usual
     "teacher": {}, "distill": {}, "cam_kd": {}, "tables": {}, "benchmark": {},
-    "herbs_train": dict(method="herbs", methods="ce,herbs_head,herbs_refined,herbs"), "herbs_evaluate": dict(method="herbs", methods="herbs"), "herbs_heatmap": dict(method="herbs", methods="herbs"),
-    "deit": dict(method="deit_hard", methods="ce,deit_soft,deit_hard"),
+    "herbs_train": dict(recipe="herbs"), "herbs_evaluate": dict(recipe="herbs"), "herbs_heatmap": dict(recipe="herbs"), "deit": dict(recipe="deit_distilled"),
 }
 
 

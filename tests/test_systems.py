@@ -188,12 +188,13 @@ def test_herbs_teaches_small_networks(tiny):
 
 def test_two_heads_learn_from_label_and_teacher(tiny):
     config = tiny.replace(student=VIT, student_output_stride=32, methods=["ce", "deit_soft", "deit_hard", "ctrls_cam"], start="weights", together=3, label_smoothing=0.1, ema_decay=0.5,
-                          student_drop_path=0.1, repeated_augmentation="on", max_images=300)
+                          student_drop_path=0.1, repeated_augmentation="on", max_images=80)
     records = distill_all(config)
     assert [len(found) for found in records.values()] == [1] * 5
     for name in ("deit_soft", "deit_hard"):
         metrics = (run_folder(config.replace(method=name)) / "metrics.csv").read_text().splitlines()
-        assert {"train_ce", "train_token"} <= set(metrics[0].split(","))
+        row = dict(zip(metrics[0].split(","), metrics[-1].split(",")))
+        assert float(row["train_ce"]) > 0 < float(row["train_token"]) and 0 <= float(row["train_top1"]) <= 1  # shares of the images that were shown, repeated ones each time
     network = load_network(config.replace(method="deit_hard"), 4, run_folder(config.replace(method="deit_hard")) / "picked.safetensors")
     images = torch.randn(2, 3, 64, 64)
     network.train()
