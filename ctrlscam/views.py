@@ -151,7 +151,7 @@ def epoch_views(config: Settings, epoch: int, count: int, margin: int) -> Views:
 
 # %% ../nbs/02b_views.ipynb #1e085428
 class ViewDataset(Dataset):
-    """Views of the pictures of a table. `dataset.crops(epoch, rows)` is a batch of them; epoch −1 gives test views. Raises DataError for damaged images."""
+    """Views of the pictures of a table. `dataset.crops(epoch, keys)` is a batch of them; epoch −1 gives test views. Raises DataError for damaged images."""
 
     def __init__(self, table: pd.DataFrame, config: Settings) -> None:
         pictures = open_pictures(table, config)
@@ -430,9 +430,8 @@ class Batches:
     def steps(self, epoch: int, device: torch.device | str = "cpu", first_step: int = 0) -> Iterator[list[Batch]]:
         """This process's parts of each training step of `epoch`, from `first_step` on; the list of a step may be empty."""
         arriving = self.crops(epoch, first_step)
-        images = [len(batch) for batch in self.sampler.batches(epoch)]
-        for parts, count in zip(self.sampler.steps(), images[first_step:]):
-            yield [finish_batch(next(arriving), epoch, device, self.config, self.classes)._replace(share=len(part) / count) for part in parts if len(part)]
+        for parts, batch in zip(self.sampler.steps(), self.sampler.batches(epoch)[first_step:]):
+            yield [finish_batch(next(arriving), epoch, device, self.config, self.classes)._replace(share=len(part) / len(batch)) for part in parts if len(part)]
 
 # %% ../nbs/02b_views.ipynb #b50a9908
 def make_batches(table: pd.DataFrame, config: Settings, share: tuple[int, int] = (0, 1)) -> dict[str, Batches]:

@@ -61,10 +61,22 @@ def test_cam_kd_notebook(papermill, tmp_path):
     assert list((tmp_path / "outputs").rglob("study-*/heat_maps_over_training.png")) and list((tmp_path / "outputs").rglob("cam_kd-*/seed0/record.json"))
 
 
+def test_herbs_and_deit_notebooks(papermill, tmp_path):
+    """Both systems on the embedded data set, each with the runs that its tables name and no others."""
+    small = ("-p", "smoke", "true", "-p", "max_images", "40", "-p", "epochs", "1", "-p", "baseline_epochs", "1")
+    for name, runs, picture in (("herbs_train", {"ce", "herbs_head", "herbs_refined", "herbs"}, "schedules"), ("deit", {"ce", "deit_soft", "deit_hard"}, "accuracy")):
+        outputs = tmp_path / name
+        done = papermill(f"nbs/{name}.ipynb", tmp_path / f"{name}.ipynb", *small, outputs=outputs)
+        assert done.returncode == 0, done.stderr[-3000:]
+        records = [json.loads(content) for content in run_files(outputs).values()]
+        assert {record["method"] for record in records} == runs and len(records) == len(runs) + (name == "deit")  # and a teacher
+        assert list(outputs.rglob(f"study-*/{picture}.png"))
+
+
 def test_benchmark_notebook(papermill, tmp_path):
     done = papermill("nbs/benchmark.ipynb", tmp_path / "executed.ipynb", "-p", "smoke", "true", "-p", "max_images", "16")
     assert done.returncode == 0, done.stderr[-3000:]
-    results = {name: json.loads((tmp_path / "outputs" / "benchmark" / f"{name}.json").read_text()) for name in ("hints", "step", "input", "store", "scaling", "methods")}
+    results = {name: json.loads((tmp_path / "outputs" / "benchmark" / f"{name}.json").read_text()) for name in ("hints", "step", "input", "store", "scaling", "methods", "herbs")}
     assert {row["workers"] for row in results["input"]["rows"]} == {0, 2} and all(row["images/s"] > 0 for row in results["input"]["rows"])
     assert all(row["operations"] <= 75 and row["host reads"] == 0 for row in results["hints"]["rows"] if row["candidate"] == "ours")
     assert {row["note"] for row in results["step"]["rows"] if row.get("note")} <= {"not run: no GPU"}
