@@ -108,13 +108,25 @@ def create_backbone(name: str, num_classes: int, pretrained: bool = False, *, ou
         raise RuntimeError(f"The weights of {name} could not be fetched ({type(error).__name__}: {error}). Without a network, "
                            "fetch the file elsewhere and pass weights='path/to/file.safetensors' in place of pretrained=True.") from error
 
-# %% ../nbs/03_models.ipynb #03017b5d
+# %% ../nbs/03_models.ipynb #1cc737c7
 def _linear_heads(backbone: nn.Module) -> list[nn.Module]:
     "What makes the logits: one layer, or two for networks with a class and a distillation head."
     head = backbone.get_classifier()
     return [getattr(one, "linear", one) for one in (head if isinstance(head, (tuple, list)) else (head,))]
 
 
+@torch.no_grad()
+def _prepare_heads(backbone: nn.Module, bias: bool, scale: float) -> None:
+    "Scale the last linear layers, take their biases away if there shall be none, and let two heads answer apart in training."
+    heads = _linear_heads(backbone)
+    for layer in heads:
+        layer.bias = layer.bias if bias else None
+        for parameter in layer.parameters() if scale != 1 else ():
+            parameter.mul_(scale)
+    if len(heads) == 2:
+        backbone.set_distilled_training(True)
+
+# %% ../nbs/03_models.ipynb #03017b5d
 def _last_linear(backbone: nn.Module, name: str) -> str:
     "Dotted name of the linear layer (or 1×1 convolution) that makes the class logits; ValueError if there is none."
     head = _linear_heads(backbone)[0]
@@ -424,18 +436,6 @@ class _GridView(Network):
 
 # %% ../nbs/03_models.ipynb #a5530cdc
 STAGES = 3  # stages that a network shows: those that all families have
-
-
-@torch.no_grad()
-def _prepare_heads(backbone: nn.Module, bias: bool, scale: float) -> None:
-    "Scale the last linear layers, take their biases away if there shall be none, and let two heads answer apart in training."
-    heads = _linear_heads(backbone)
-    for layer in heads:
-        layer.bias = layer.bias if bias else None
-        for parameter in layer.parameters() if scale != 1 else ():
-            parameter.mul_(scale)
-    if len(heads) == 2:
-        backbone.set_distilled_training(True)
 
 
 class Classifier(_GridView):

@@ -190,8 +190,7 @@ class ViewDataset(Dataset):
         images = torch.from_numpy(np.empty((len(keys), self.size, self.size, 3), np.uint8))  # NumPy maps large pages: fewer faults than torch.empty
         for image, key in zip(images, keys):
             self._fill(image, epoch, key, views)
-        choices = (torch.from_numpy(values[keys]) for values in (views.flip, views.blur, views.sharpen))
-        return Crops(images, self.labels[rows], torch.from_numpy(rows), *choices, torch.tensor(keys))
+        return Crops(images, self.labels[rows], torch.from_numpy(rows), *(torch.from_numpy(values[keys]) for values in views[2:]), torch.tensor(keys))
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Crops:
         return self.crops(keys[0][0], [key for _, key in keys])
