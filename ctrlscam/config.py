@@ -150,7 +150,7 @@ _AS_RUN = {"faithful": dict(baseline_learning_rate=5e-5 * 16 / 512, learning_rat
 RECIPE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {name: _AS_RUN for name in ("deit_baseline", "deit_distilled", "deit_imagenet", "deit_foodx")}
 
 SMOKE_LIMITS: dict[str, int] = dict(
-    teacher_epochs=2, baseline_epochs=2, epochs=2, max_classes=5, max_images=60, image_size=96, batch_size=16,
+    teacher_epochs=2, baseline_epochs=2, epochs=2, max_classes=5, max_images=60, image_size=96, batch_size=16, herbs_width=64,
 )
 
 # %% ../nbs/00_config.ipynb #a0cede80
@@ -398,6 +398,10 @@ def _shrink(values: dict[str, Any]) -> dict[str, Any]:
         small["train_classes"] = min(trained, small["max_classes"])
     if isinstance(chosen := _as_number(small.get("cat_classes")), int) and isinstance(small["max_classes"], int):
         small["cat_classes"] = min(chosen, small["max_classes"] - 1)  # the original transfers one more of the lowest
+    if isinstance(small["image_size"], int):  # half of the places that the four stages of a Swin have
+        places = [max(1, (small["image_size"] // stride) ** 2 // 2) for stride in (8, 16, 32, 32)]
+        wanted = [_as_number(one) for one in _as_list(small.get("herbs_selects", [256, 128, 64, 32]))]
+        small["herbs_selects"] = [min(pair) for pair in zip(wanted, places)] if all(isinstance(one, int) for one in wanted) and len(wanted) == 4 else wanted
     return small
 
 # %% ../nbs/00_config.ipynb #4ab9fd12
