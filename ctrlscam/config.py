@@ -385,7 +385,7 @@ def _fill_in(values: dict[str, Any]) -> dict[str, Any]:
     chosen = _decided(preset, recipe)
     return {**defaults, **chosen, **given}
 
-
+# %% ../nbs/00_config.ipynb #cd822c30
 def _shrink(values: dict[str, Any]) -> dict[str, Any]:
     """`values` capped by `SMOKE_LIMITS`, with nothing to download."""
     small = dict(values)
