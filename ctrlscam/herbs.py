@@ -107,12 +107,12 @@ def _norm_channels(norm: nn.BatchNorm1d, tokens: Tensor) -> Tensor:
 
 # %% ../nbs/06_herbs.ipynb #c43b5c76
 def refinement_temperature(epoch: int, start: float = 64.0, halving: int = 10) -> float:
-    """Temperature of the refinement in an epoch (counted from 0): `start`, halved every `halving` epochs.
+    """Temperature of the refinement in an epoch (counted from 0): `start`, halved every `halving` epochs, down to 0.5, where the published run ends.
 
     Raises ValueError for a negative epoch, start ≤ 0 or halving < 1. Source: HERBS (arXiv 2303.06442), high-temperature refinement."""
     if epoch < 0 or start <= 0 or halving < 1:
         raise ValueError(f"epoch must be at least 0, start above 0 and halving at least 1, got {epoch}, {start} and {halving}.")
-    return start * 0.5 ** (epoch // halving)
+    return max(start * 0.5 ** (epoch // halving), min(start, 0.5))
 
 # %% ../nbs/06_herbs.ipynb #56270a56
 def select_tokens(tokens: Tensor,        # B×S×D
@@ -184,10 +184,10 @@ def _on_grid(hidden: Tensor, own: Grid, grid: Grid) -> Tensor:
 
 class HerbsOutputs(NamedTuple):
     "What a HERBS network returns for a batch of images."
-    logits: Tensor                # B×K log of the mean of the nine heads' probabilities
+    logits: Tensor                # B×K log of the mean of the heads' probabilities
     features: Tensor              # B×(4·D)×H×W hidden features of the bottom-up classifiers on the grid of the third stage
     weight: Tensor                # K×(4·D) last layers of these classifiers, with gradient
-    coarse: tuple[Tensor, ...]    # four B×S_i×K: votes behind the top-down path
+    coarse: tuple[Tensor, ...]    # four B×S_i×K: votes behind the top-down path; none with five heads
     fine: tuple[Tensor, ...]      # four B×S_i×K: votes behind the bottom-up path
     selected: tuple[Tensor, ...]  # four B×n_i×K: those of the selected places
     dropped: tuple[Tensor, ...]   # four B×(S_i−n_i)×K: those of the others
@@ -195,7 +195,7 @@ class HerbsOutputs(NamedTuple):
 
     @property
     def heads(self) -> dict[str, Tensor]:
-        "Logits of the nine heads, B×K each, at least in float32: means over the places, and the combiner."
+        "Logits of the nine heads (or five), B×K each, at least in float32: means over the places, and the combiner."
         paths = {"top-down": self.coarse, "bottom-up": self.fine}
         means = {f"{path} {stage}": _mean_of_places(votes) for path, stages in paths.items() for stage, votes in enumerate(stages, 1)}
         return means | {"combiner": full_precision(self.combined)}
@@ -209,14 +209,15 @@ def _mean_of_places(votes: Tensor) -> Tensor:
 class MultiStageHead(nn.Module):
     """HERBS behind a backbone: four stages B×C_i×H_i×W_i, the finest first -> `HerbsOutputs`.
 
-    `channels`: C_i. `grids`: (H_i, W_i). `width`: D. `selects`: n_i. Source: HERBS (arXiv 2303.06442)."""
+    `channels`: C_i. `grids`: (H_i, W_i). `width`: D. `selects`: n_i. `heads`: 9, or 5 without those of the top-down path, which learn from the
+    refinement alone. Source: HERBS (arXiv 2303.06442)."""
 
-    def __init__(self, channels: Sequence[int], grids: Sequence[Grid], num_classes: int, *, width: int, selects: Sequence[int]):
+    def __init__(self, channels: Sequence[int], grids: Sequence[Grid], num_classes: int, *, width: int, selects: Sequence[int], heads: int = 9):
         super().__init__()
         self.grids, self.selects, stages = list(grids), list(selects), len(grids)
         self.top_down = PyramidPath(channels, grids, width, coarser_first=True)
         self.bottom_up = PyramidPath([width] * stages, grids, width, coarser_first=False)
-        self.coarse_heads = nn.ModuleList(TokenClassifier(width, num_classes) for _ in grids)
+        self.coarse_heads = nn.ModuleList(TokenClassifier(width, num_classes) for _ in grids if heads > stages + 1)
         self.fine_heads = nn.ModuleList(TokenClassifier(width, num_classes) for _ in grids)
         self.combiner = GraphCombiner(selects, width, num_classes)
         self.places = nn.ModuleList([*(nn.Identity() for _ in grids), *self.top_down.places, *self.bottom_up.places])
@@ -270,16 +271,17 @@ class Herbs(Network):
 
     `name`: a timm name. `num_classes`: K. `pretrained`: timm's published weights for the backbone. `weights`: a file in their place, of a backbone or
     of a whole HERBS network; see the attribute `load_report`. `image_size`: pixels, one number or height and width; it cannot change later.
-    `width`: D. `selects`: places selected in each stage, the finest first. `drop_path`: stochastic depth of the backbone. `.grids`: (H_i, W_i).
+    `width`: D. `selects`: places selected in each stage, the finest first. `heads`: 9, or 5 for a network that is trained without refinement.
+    `drop_path`: stochastic depth of the backbone. `.grids`: (H_i, W_i).
 
     Raises ValueError for an unknown name, fewer than four stages, an image size the network does not take, and selects that do not fit.
     Source: HERBS (arXiv 2303.06442)."""
 
     def __init__(self, name: str, num_classes: int, pretrained: bool = False, weights: str | Path | None = None, *, image_size: int | Grid,
-                 width: int = 1536, selects: Sequence[int] = (256, 128, 64, 32), drop_path: float = 0.0):
+                 width: int = 1536, selects: Sequence[int] = (256, 128, 64, 32), heads: int = 9, drop_path: float = 0.0):
         super().__init__()
-        if num_classes < 1 or width < 4:
-            raise ValueError(f"num_classes must be at least 1 and width at least 4, got {num_classes} and {width}.")
+        if num_classes < 1 or width < 4 or heads not in (5, 9):
+            raise ValueError(f"num_classes must be at least 1, width at least 4, and heads 5 or 9, got {num_classes}, {width} and {heads}.")
         self.name, self.num_classes = name, num_classes
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.backbone = create_backbone(name, 0, pretrained and weights is None, image_size=self.image_size, drop_path=drop_path)
@@ -288,7 +290,7 @@ class Herbs(Network):
         self.indices, shapes = _keep_four_stages(self.backbone, self.image_size, name)
         self.grids = [shape[1:] for shape in shapes]
         _check_selects(selects, self.grids, name)
-        self.head = MultiStageHead([shape[0] for shape in shapes], self.grids, num_classes, width=width, selects=selects)
+        self.head = MultiStageHead([shape[0] for shape in shapes], self.grids, num_classes, width=width, selects=selects, heads=heads)
         self.places = self.head.places
         if whole:
             self.load_report = load_herbs_checkpoint(self, weights)

@@ -228,6 +228,7 @@ class StandardizedDistillation(CrossEntropy):
     def __init__(self, config: Settings, student: Classifier) -> None:
         super().__init__(config, student)
         self.ce_weight, self.kd_weight, self.temperature = config.lskd_ce_weight, config.lskd_weight, config.lskd_temperature
+        self.smoothing = 0.0  # its label term is its own
 
     def forward(self, student: Outputs, teaching: Teaching, labels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """Named, weighted scalar terms; arguments as in `CrossEntropy.forward`."""
@@ -358,12 +359,17 @@ class Method:
     needs: Callable[[Settings], Needs]  # what the objective reads of the teacher
     from_baseline: bool          # whether training starts from the undistilled student
     groups: tuple[str, ...]      # settings read by the objective
-    multi_stage: bool = False    # whether the network has the nine heads of HERBS
+    heads: int = 1               # of the network; 5 and 9 are forms of HERBS
 
     @property
     def teacher(self) -> bool:
         """Whether a trained teacher is needed."""
         return "teaching" in self.groups
+
+    @property
+    def multi_stage(self) -> bool:
+        """Whether the network is a form of HERBS."""
+        return self.heads > 1
 
 # %% ../nbs/07_methods.ipynb #051c0a0f
 CE, KD, HINT, CAT, CAM = r"\omega\,L_{\mathrm{CE}}", r"\beta\,L_{\mathrm{KD}}", r"\alpha\,L_{\mathrm{hint}}", r"\beta_{\mathrm{CAT}}\,L_{\mathrm{CAT}}", r"\lambda_{\mathrm{CAM}}\,L_{\mathrm{CAM}}"
@@ -398,9 +404,9 @@ def _distils(title: str, objective: type[Objective], formula: str, source: str, 
     return Method(title, objective, formula, source, needs, from_baseline=True, groups=("teaching", *groups))
 
 
-def _refines(title: str, objective: type[Objective], formula: str) -> Method:
+def _refines(title: str, objective: type[Objective], formula: str, heads: int = 9) -> Method:
     """A form of HERBS: without a teacher, from initial weights."""
-    return Method(title, objective, formula, CHOU, _needs(), from_baseline=False, groups=("herbs",), multi_stage=True)
+    return Method(title, objective, formula, CHOU, _needs(), from_baseline=False, groups=("herbs",), heads=heads)
 
 
 METHODS: dict[str, Method] = {
@@ -422,7 +428,7 @@ METHODS |= {
     "cam_kd": _distils("CAM-KD", ActivationMapDistillation, f"{CE} + {KD} + {CAM}", "CAM-KD (outline only; terms and weights ours)", _logits_and_cam, "ce", "kd", "cam"),
     "deit_soft": _distils("DeiT, soft", SoftTokenDistillation, TOKEN + r"\,\tau^2\,\mathrm{KL}(z_t \,\|\, z_d) / K", TOUVRON, _needs("logits"), "ce", "deit"),
     "deit_hard": _distils("DeiT, hard", TokenDistillation, TOKEN + r"\,\mathrm{CE}(z_d, \arg\max z_t)", TOUVRON, _needs("logits"), "ce", "deit"),
-    "herbs_head": _refines("HERBS, head alone", MultiStage, STAGED_CE),
+    "herbs_head": _refines("HERBS, head alone", MultiStage, STAGED_CE, heads=5),
     "herbs_refined": _refines("HERBS without suppression", RefinedMultiStage, STAGED_CE + REFINE),
     "herbs": _refines("HERBS", RefinedSuppressedMultiStage, STAGED_CE + REFINE + r" + \lambda_n \sum_i L_{\mathrm{bg}}^{(i)}"),
     "ctrls_cam": _distils("CTRLS-CAM", ControllableHintDistillation, f"{CE} + {KD} + {HINT}", "Tsai, Lin and Chou (ICCE 2024), doi 10.1109/ICCE59016.2024.10444242", _logits_and_map, "ce", "kd", "hint"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -59,7 +59,10 @@ def _create(config: Settings, num_classes: int, weights: Path | None) -> Network
         return Classifier(config.student, num_classes, output_stride=stride, bias=config.student_bias, head_scale=config.student_head_scale, **common)
     if config.student_output_stride != 32:
         raise ValueError(f"method = {config.method!r} reads the four stages of {config.student} as they are, so a stride of {config.student_output_stride} is not possible; give student_output_stride=32 (teacher_output_stride for a teacher)")
-    return Herbs(config.student, num_classes, width=config.herbs_width, selects=config.herbs_selects, **common)
+    for name, usual in (("student_bias", True), ("student_head_scale", 1)):
+        if getattr(config, name) != usual:
+            raise ValueError(f"{name} = {getattr(config, name)} is for networks with one linear head, and method = {config.method!r} has {find_method(config.method).heads} heads of another kind; leave it out")
+    return Herbs(config.student, num_classes, width=config.herbs_width, selects=config.herbs_selects, heads=find_method(config.method).heads, **common)
 
 
 def build_student(config: Settings, num_classes: int) -> Network:
@@ -83,14 +86,26 @@ def load_network(config: Settings, num_classes: int, path: Path) -> Network:
     return network
 
 # %% ../nbs/09d_step.ipynb #1d56be52
+def _decayed_groups(student: Network, config: Settings) -> list[dict[str, Any]]:
+    """timm's groups of the backbone; heads on top of it learn at the full rate, and the backbone one layer below them, as below a classifier of its own."""
+    groups = param_groups_layer_decay(student.backbone, config.weight_decay, layer_decay=config.student_layer_decay)
+    grouped = {id(parameter) for group in groups for parameter in group["params"]}
+    heads = [parameter for parameter in student.parameters() if parameter.requires_grad and id(parameter) not in grouped]
+    if not heads:
+        return groups
+    for group in groups:
+        group["lr_scale"] *= config.student_layer_decay
+    return [*groups, {"params": [one for one in heads if one.ndim > 1]}, {"params": [one for one in heads if one.ndim <= 1], "weight_decay": 0.0}]
+
+
 def build_optimizer(student: Network, objective: nn.Module, config: Settings) -> torch.optim.Optimizer:
     """SGD or AdamW over all parameters of student and objective that train; lower layers more slowly if `student_layer_decay` is below 1."""
-    trained, groups = [parameter for parameter in student.parameters() if parameter.requires_grad], []
     if config.student_layer_decay < 1:
-        groups = param_groups_layer_decay(student.backbone, config.weight_decay, layer_decay=config.student_layer_decay)
-        grouped = {id(parameter) for group in groups for parameter in group["params"]}
-        trained = [parameter for parameter in trained if id(parameter) not in grouped]  # heads on top of the backbone
-    groups += [{"params": own} for own in (trained, list(objective.parameters())) if own]
+        groups = _decayed_groups(student, config)
+    else:
+        groups = [{"params": [parameter for parameter in student.parameters() if parameter.requires_grad]}]
+    if own := list(objective.parameters()):
+        groups.append({"params": own})
     # On a GPU one kernel moves all parameters, and it divides by the loss scale of fp16 without waiting for the host.
     common = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=next(student.parameters()).is_cuda or None)
     if config.optimizer == "adamw":

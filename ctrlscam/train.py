@@ -60,13 +60,13 @@ def _check_terms(config: Settings, num_classes: int, teacher: Network | None) ->
     """Make the network and the terms of each method once, from two black images, so that what does not fit stops before any training."""
     images, labels = torch.zeros(2, 3, config.image_size, config.image_size), torch.zeros(2, dtype=torch.long)
     look = cache(lambda network, staged: network(images, stages=True) if staged else network(images))
-    students: dict[bool, Network] = {}
+    students: dict[int, Network] = {}
     with seeded("check"):
         for name in dict.fromkeys((config.method, *config.methods)):
             one, method = config.replace(method=name), find_method(name)
-            if method.multi_stage not in students:
-                students[method.multi_stage] = build_student(_without_download(one), num_classes).train()  # some networks answer otherwise in evaluation
-            student, needs = students[method.multi_stage], method.needs(one)
+            if method.heads not in students:
+                students[method.heads] = build_student(_without_download(one), num_classes).train()  # some networks answer otherwise in evaluation
+            student, needs = students[method.heads], method.needs(one)
             teaching = teach(Said(look(teacher, wants_stages(needs)), labels, teacher, images), needs) if needs else {}
             method.objective(one, student)(look(student, wants_stages(needs)), teaching, labels)
 
