@@ -71,7 +71,7 @@ class HerbsCase(NamedTuple):
     def settings(self, config: Settings) -> Settings:
         """The recipe of HERBS at these sizes, from random weights, on the device of `config`, at a learning rate that moves nothing."""
         return Settings(
-            recipe="herbs", dataset="synthbirds", device=config.device, method="herbs", student=self.network, student_weights="scratch", image_size=self.image_size, resize_to=self.image_size,
+            recipe="herbs", dataset="synthbirds", device=config.device, method="herbs", optimizer="nesterov", student=self.network, student_weights="scratch", image_size=self.image_size, resize_to=self.image_size,
             batch_size=self.batch_size, accumulate=1, herbs_width=self.width, herbs_selects=list(self.selects), precision=self.precision, learning_rate=STILL, baseline_learning_rate=STILL,
             deterministic=config.deterministic)
 

@@ -105,7 +105,7 @@ RECIPES |= {name: _cat_recipe(name) for name in _CAT_KD}
 # %% ../nbs/00_config.ipynb #c3d1e5b7
 _DEIT = dict(
     image_size=384, resize_to=438, augment="deit", erasing=0.25, teacher="convnext_base.fb_in22k_ft_in1k_384", student="deit_base_distilled_patch16_384.fb_in1k", batch_size=16,
-    optimizer="adamw", weight_decay=1e-8, schedule="cosine", min_learning_rate=1e-6, label_smoothing=0.1, teacher_layer_decay=0.7, teacher_head_scale=1e-3, teacher_drop_path=0.8, student_drop_path=0.8,
+    optimizer="adamw", weight_decay=1e-8, schedule="cosine", min_learning_rate=1e-6, label_smoothing=0.1, teacher_layer_decay=0.7 ** (13 / 37), teacher_head_scale=1e-3, teacher_drop_path=0.8, student_drop_path=0.8,
     teacher_epochs=60, baseline_epochs=60, epochs=60, teacher_learning_rate=5e-5, baseline_learning_rate=5e-5, learning_rate=5e-5, ema_decay=0.99996, method="deit_hard", methods=["ce", "ce_longer", "deit_hard"],
 )
 _HERBS = dict(
@@ -398,10 +398,9 @@ def _shrink(values: dict[str, Any]) -> dict[str, Any]:
         small["train_classes"] = min(trained, small["max_classes"])
     if isinstance(chosen := _as_number(small.get("cat_classes")), int) and isinstance(small["max_classes"], int):
         small["cat_classes"] = min(chosen, small["max_classes"] - 1)  # the original transfers one more of the lowest
-    if isinstance(small["image_size"], int):  # half of the places that the four stages of a Swin have
-        places = [max(1, (small["image_size"] // stride) ** 2 // 2) for stride in (8, 16, 32, 32)]
-        wanted = [_as_number(one) for one in _as_list(small.get("herbs_selects", [256, 128, 64, 32]))]
-        small["herbs_selects"] = [min(pair) for pair in zip(wanted, places)] if all(isinstance(one, int) for one in wanted) and len(wanted) == 4 else wanted
+    if isinstance(small["image_size"], int):  # half of the places of the coarsest grid fit every stage of every network
+        places, wanted = max(1, (small["image_size"] // 32) ** 2 // 2), [_as_number(one) for one in _as_list(small.get("herbs_selects", [256, 128, 64, 32]))]
+        small["herbs_selects"] = [min(one, places) if isinstance(one, int) else one for one in wanted]
     return small
 
 # %% ../nbs/00_config.ipynb #4ab9fd12
@@ -493,6 +492,10 @@ class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, 
     def _values_fit(self) -> "Settings":
         if self.resize_to is not None and self.resize_to < self.image_size:
             raise ValueError(f"resize_to = {self.resize_to}: crops of image_size = {self.image_size} do not fit into it; allowed: {self.image_size} and more")
+        if self.schedule == "cosine_steps" and self.warmup_epochs:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: schedule = 'cosine_steps' counts its warm-up in steps; give warmup_epochs = 0 and warmup_steps")
+        if self.schedule != "cosine_steps" and self.warmup_steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: schedule = {self.schedule!r} counts its warm-up in epochs; give warmup_steps = 0 and warmup_epochs")
         if self.teacher_store and self.repeated_augmentation != "off":
             raise ValueError("teacher_store = True: it keeps one view of each image an epoch, and repeated_augmentation shows several; give teacher_store = False, or repeated_augmentation = 'off'")
         if self.cat_classes == 1 and (self.cat_choice, self.cat_count) == ("highest", "original"):
@@ -505,9 +508,11 @@ class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, 
         return self.seed if self.stream_seed is None else self.stream_seed
 
     def replace(self, **changes: Any) -> "Settings":
-        """A copy with `changes`; every value of this one counts as given, except those that a changed preset decides."""
-        decided = {name for preset in PRESETS for name in _decided(preset, _recipe_of(self.model_dump()))} if "preset" in changes else set()
-        kept = {name: value for name, value in self.model_dump().items() if name not in decided}
+        """A copy with `changes`; every value of this one counts as given, except those that the old preset had decided if it changes."""
+        values = self.model_dump()
+        decided = {name for preset in PRESETS for name in _decided(preset, _recipe_of(values))} if "preset" in changes else set()
+        before = Settings(dataset=self.dataset, recipe=_recipe_of(values), preset=self.preset).model_dump() if decided else {}
+        kept = {name: value for name, value in values.items() if name not in decided or value != before[name]}
         return Settings(**{**kept, **changes})
 
 # %% ../nbs/00_config.ipynb #36b3407f
@@ -568,7 +573,7 @@ def identity_hash(identity: dict[str, Any]) -> str:
 def teacher_settings(config: Settings) -> Settings:
     """The run that trains the teacher of `config`: cross-entropy alone or the loss of `teacher_method`, the teacher in the student's place, on all training images."""
     return config.replace(
-        method=config.teacher_method, seed=config.seed if config.teacher_seed is None else config.teacher_seed, teacher_seed=None, teacher_store=False, stream_seed=None,
+        method=config.teacher_method, seed=config.seed if config.teacher_seed is None else config.teacher_seed, teacher_seed=None, teacher_store=False, stream_seed=None, checkpoint=None, image=None,
         train_classes=None, train_share=None, repeated_augmentation="off", student=config.teacher, student_weights=config.teacher_weights, student_output_stride=config.teacher_output_stride,
         student_frozen_batchnorm=config.teacher_frozen_batchnorm, student_layer_decay=config.teacher_layer_decay, student_drop_path=config.teacher_drop_path, student_head_scale=config.teacher_head_scale, student_bias=True, student_frozen_backbone=False,
         epochs=config.teacher_epochs, learning_rate=config.teacher_learning_rate)
@@ -576,7 +581,7 @@ def teacher_settings(config: Settings) -> Settings:
 
 def baseline_settings(config: Settings) -> Settings:
     """The run that trains the undistilled student of `config`."""
-    return config.replace(method="ce", stream_seed=None, epochs=config.baseline_epochs, learning_rate=config.baseline_learning_rate)
+    return config.replace(method="ce", stream_seed=None, checkpoint=None, image=None, epochs=config.baseline_epochs, learning_rate=config.baseline_learning_rate)
 
 # %% ../nbs/00_config.ipynb #f30d6531
 def settings_table() -> list[dict[str, str]]:

@@ -112,6 +112,8 @@ def grad_cam(network: Classifier,
     For networks that read a class token it is the grid that enters the last block. Works under no_grad and inference_mode.
     Raises ValueError for labels that do not fit and for networks without such a grid. Source: Selvaraju et al., ICCV 2017, as implemented by captum.
     """
+    if not isinstance(network, Classifier):
+        raise ValueError(f"{getattr(network, 'name', type(network).__name__)} has no single last grid for a Grad-CAM; take its class activation map instead (cam_source = cam)")
     if labels.shape != (len(images),):
         raise ValueError(f"labels must be one class index per image, shape ({len(images)},), got {tuple(labels.shape)}")
     reads_token = network.anatomy.prefix_tokens and network.backbone.global_pool == "token"

@@ -20,7 +20,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from .maps import full_precision
-from .models import Grid, LoadReport, Network, _compare, _evaluating, _named_tensors, _read_weight_file, create_backbone, load_weights
+from .models import Grid, LoadReport, Network, _compare, _evaluating, _named_tensors, _read_weight_file, _resize_positions, create_backbone, load_weights
 
 # %% ../nbs/06_herbs.ipynb #4492bb85
 def _to_tokens(grid: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class Herbs(Network):
     `name`: a timm name. `num_classes`: K. `pretrained`: timm's published weights for the backbone. `weights`: a file in their place, of a backbone or
     of a whole HERBS network; see the attribute `load_report`. `image_size`: pixels, one number or height and width; it cannot change later.
     `width`: D. `selects`: places selected in each stage, the finest first. `heads`: 9, or 5 for a network that is trained without refinement.
-    `drop_path`: stochastic depth of the backbone. `.grids`: (H_i, W_i).
+    `drop_path`: stochastic depth of the backbone. `.grids`: (H_i, W_i). `.knows_classes`: whether `weights` held the heads as well.
 
     Raises ValueError for an unknown name, fewer than four stages, an image size the network does not take, and selects that do not fit.
     Source: HERBS (arXiv 2303.06442)."""
@@ -292,6 +292,7 @@ class Herbs(Network):
         _check_selects(selects, self.grids, name)
         self.head = MultiStageHead([shape[0] for shape in shapes], self.grids, num_classes, width=width, selects=selects, heads=heads)
         self.places = self.head.places
+        self.knows_classes = whole
         if whole:
             self.load_report = load_herbs_checkpoint(self, weights)
 
@@ -328,7 +329,7 @@ def _holds_a_head(path: str | Path) -> bool:
 
 def _translated(network: Herbs, given: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     "The tensors of a file under the names and in the shapes used here."
-    trunk = {name.removeprefix("backbone."): tensor for name, tensor in given.items() if name.startswith("backbone.")}
+    trunk, _ = _resize_positions({name.removeprefix("backbone."): tensor for name, tensor in given.items() if name.startswith("backbone.")}, network.backbone)
     if isinstance(network.backbone, SwinTransformer):
         try:
             trunk = checkpoint_filter_fn(trunk, network.backbone)

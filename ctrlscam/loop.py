@@ -201,7 +201,7 @@ def resume(state: RunState) -> bool:
 def disk_needed(state: RunState, grid: tuple[int, int], test_images: int) -> int:
     """Bytes that the run will have on disk at most."""
     weights = sum(value.numel() * value.element_size() for module in _parts(state).values() for value in module.state_dict().values())
-    moments = sum(parameter.numel() * 4 for group in state.optimizer.param_groups for parameter in group["params"]) * (1 if state.config.optimizer == "sgd" else 2)
+    moments = sum(parameter.numel() * 4 for group in state.optimizer.param_groups for parameter in group["params"]) * (2 if state.config.optimizer == "adamw" else 1)
     maps = 2 * grid[0] * grid[1] * (WATCHED_IMAGES * state.config.epochs + test_images)
     return 3 * (weights + moments) + 4 * weights + maps
 

@@ -523,7 +523,7 @@ def grid_size(model: Network, image_size: int | tuple[int, int]) -> tuple[int, i
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     with _evaluating(model):
         try:
-            rows, columns = model(next(model.parameters()).new_zeros(1, 3, *size)).features.shape[2:]
+            rows, columns = model.forward(next(model.parameters()).new_zeros(1, 3, *size)).features.shape[2:]  # not what torch.compile made of it
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"{model.name} does not take images of {size[0]}×{size[1]} pixels ({error}). "
                              f"Networks built for one size need image_size={image_size} when they are made.") from error

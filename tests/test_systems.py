@@ -13,8 +13,9 @@ from ctrlscam.config import Settings, SettingsError, teacher_settings
 from ctrlscam.data import class_count, load_table
 from ctrlscam.herbs import Herbs
 from ctrlscam.methods import find_method, method_table
-from ctrlscam.models import check_grid
-from ctrlscam.records import find_records, run_folder, table_runs
+from ctrlscam.models import create_backbone
+from ctrlscam.records import find_records, public_settings, run_folder, table_runs
+from ctrlscam.reports import open_network
 from ctrlscam.step import build_optimizer, build_student, learning_rates, load_network
 from ctrlscam.train import check_inputs, distill, distill_all, distill_together, load_teacher, read_maps
 
@@ -118,7 +119,7 @@ def test_herbs_study_needs_no_teacher(tiny):
 
 
 def test_schedule_of_steps_and_halving_survive_interruptions(tiny, monkeypatch):
-    whole = tiny.replace(method="herbs", epochs=3, schedule="cosine_steps", warmup_steps=4, optimizer="nesterov", checkpoint_minutes=0, accumulate=2, **HERBS)
+    whole = tiny.replace(method="herbs", epochs=3, schedule="cosine_steps", warmup_steps=4, warmup_epochs=0, optimizer="nesterov", checkpoint_minutes=0, accumulate=2, **HERBS)
     distill(whole)
     again, save, saved = whole.replace(output_dir=f"{tiny.output_dir}/again"), ctrlscam.loop.save_checkpoint, []
 
@@ -164,7 +165,7 @@ def test_recipes_hold_the_published_values():
         assert (deit.student_drop_path, deit.mixup, deit.cutmix, deit.erasing, deit.label_smoothing, deit.ema_decay, deit.deit_alpha, deit.deit_tau) == (0.8, 0, 0, 0.25, 0.1, 0.99996, 0.5, 1)
         assert Settings(dataset=joint, recipe=name).repeated_augmentation == "original"
     teacher = teacher_settings(Settings(dataset=joint, recipe="deit_teacher"))
-    assert (teacher.student_layer_decay, teacher.student_head_scale, teacher.student_drop_path, teacher.learning_rate, teacher.min_learning_rate) == (0.7, 1e-3, 0.8, 5e-5, 1e-6)
+    assert (teacher.student_layer_decay, teacher.student_head_scale, teacher.student_drop_path, teacher.learning_rate, teacher.min_learning_rate) == (0.7 ** (13 / 37), 1e-3, 0.8, 5e-5, 1e-6)
     assert (teacher.batch_size, teacher.accumulate, teacher.ema_decay, teacher.repeated_augmentation) == (32, 2, 0, "off")
     assert Settings(dataset=joint, recipe="deit_imagenet").start == "weights"
 
@@ -218,6 +219,10 @@ def test_what_does_not_fit_is_refused_at_once(tiny):
         check_inputs(tiny.replace(teacher_method="herb"))
     with pytest.raises(SettingsError, match="would guess"):
         check_inputs(tiny.replace(teacher_method="herbs", teacher_output_stride=32, teacher_epochs=0, **{**HERBS, "student_output_stride": 8}))
+    with pytest.raises(ValueError, match="student_bias = False is for networks with one linear head"):
+        check_inputs(tiny.replace(method="herbs", student_bias=False, **HERBS))
+    with pytest.raises(ValueError, match="no single last grid for a Grad-CAM"):
+        check_inputs(tiny.replace(teacher_method="herbs", teacher_output_stride=32, method="cam_kd", methods=["cam_kd"], cam_source="grad_cam", **{**HERBS, "student_output_stride": 8}))
     with pytest.raises(ValueError, match="(?i)stages"):
         check_inputs(tiny.replace(teacher_method="herbs", teacher_output_stride=32, method="at", methods=["at"], **{**HERBS, "student_output_stride": 8}))
 
@@ -282,3 +287,46 @@ def test_method_table_names_the_new_methods():
     table = method_table(Settings(dataset="cub200"))
     assert set(table.loc[["herbs_head", "herbs_refined", "herbs"], "of the teacher"]) == {"–"}
     assert "herbs_background_weight=5" in table.loc["herbs", "settings"] and "deit_alpha=0.5" in table.loc["deit_hard", "settings"]
+
+
+def test_shares_of_classes_in_place_of_labels():
+    """Mixed images: whole shares are labels, and halves are the mean of both labels' terms where the term is linear in them."""
+    torch.manual_seed(0)
+    config = Settings(method="herbs", image_size=64, herbs_select_weight=0.5, **HERBS)
+    network = build_student(config, 4).eval()
+    outputs, labels = network(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 2, 3])
+    objective = find_method("herbs").objective(config, network)
+    whole, shares = objective(outputs, {}, labels), objective(outputs, {}, labels, F.one_hot(labels, 4).float())
+    other, halves = objective(outputs, {}, labels.flip(0)), objective(outputs, {}, labels, (F.one_hot(labels, 4) + F.one_hot(labels.flip(0), 4)) / 2)
+    for name in whole:
+        torch.testing.assert_close(shares[name], whole[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(halves[name], (whole[name] + other[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_backbone_is_no_trained_network(tiny, tmp_path):
+    """A file that holds the backbone alone leaves the heads to chance, so it is no checkpoint to evaluate."""
+    config = tiny.replace(method="herbs", **HERBS)
+    network = build_student(config, 4)
+    torch.save(create_backbone(config.student, 0).state_dict(), tmp_path / "backbone.pth")
+    torch.save({"model": network.state_dict(), "epoch": 3}, tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match="would be guesses"):
+        open_network(config, 4, tmp_path / "backbone.pth")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(open_network(config, 4, tmp_path / "whole.pt")(images).logits, network.eval()(images).logits)
+
+
+def test_own_swin_file_comes_back(tmp_path):
+    """Swin's layers are renamed when a checkpoint of the original is read; a file of our own must stay as it is."""
+    config = Settings(method="herbs", student="swin_tiny_patch4_window7_224", image_size=64, student_weights="scratch", student_output_stride=32, herbs_width=8, herbs_selects=[4, 2, 1, 1])
+    network = build_student(config, 3).eval()
+    torch.save(network.state_dict(), tmp_path / "own.pt")
+    again = build_student(config.replace(student_weights=str(tmp_path / "own.pt"), seed=1), 3).eval()
+    assert not again.load_report.missing and not again.load_report.mismatched_shapes
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(again(images).logits, network(images).logits)
+
+
+def test_local_paths_stay_out_of_records_and_other_runs(tiny):
+    config = tiny.replace(checkpoint="weights/mine.pt", image="pictures")
+    assert not {"checkpoint", "image"} & public_settings(config).keys()
+    assert all(one.checkpoint is None and one.image is None for runs in table_runs(config).values() for one in runs)
