@@ -464,6 +464,20 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
     return "list" if typing.get_origin(annotation) is list else getattr(annotation, "__name__", str(annotation))
 
+
+def _check_together(config: "Settings") -> None:
+    """Raise ValueError for values that do not go together."""
+    if config.resize_to is not None and config.resize_to < config.image_size:
+        raise ValueError(f"resize_to = {config.resize_to}: crops of image_size = {config.image_size} do not fit into it; allowed: {config.image_size} and more")
+    if config.schedule == "cosine_steps" and config.warmup_epochs:
+        raise ValueError(f"warmup_epochs = {config.warmup_epochs}: schedule = 'cosine_steps' counts its warm-up in steps; give warmup_epochs = 0 and warmup_steps")
+    if config.schedule != "cosine_steps" and config.warmup_steps:
+        raise ValueError(f"warmup_steps = {config.warmup_steps}: schedule = {config.schedule!r} counts its warm-up in epochs; give warmup_steps = 0 and warmup_epochs")
+    if config.teacher_store and config.repeated_augmentation != "off":
+        raise ValueError("teacher_store = True: it keeps one view of each image an epoch, and repeated_augmentation shows several; give teacher_store = False, or repeated_augmentation = 'off'")
+    if config.cat_classes == 1 and (config.cat_choice, config.cat_count) == ("highest", "original"):
+        raise ValueError("cat_classes = 1: counted as in the original, that is no class; allowed: 2 and more, or cat_count = 'exact'")
+
 # %% ../nbs/00_config.ipynb #4542cb62
 class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, RelativeSettings, SystemSettings, RunSettings):
     """All settings of a run. What is not given, or given as None, comes from the recipe of the data set.
@@ -490,16 +504,7 @@ class Settings(DataSettings, NetworkSettings, TrainingSettings, MethodSettings, 
 
     @model_validator(mode="after")
     def _values_fit(self) -> "Settings":
-        if self.resize_to is not None and self.resize_to < self.image_size:
-            raise ValueError(f"resize_to = {self.resize_to}: crops of image_size = {self.image_size} do not fit into it; allowed: {self.image_size} and more")
-        if self.schedule == "cosine_steps" and self.warmup_epochs:
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: schedule = 'cosine_steps' counts its warm-up in steps; give warmup_epochs = 0 and warmup_steps")
-        if self.schedule != "cosine_steps" and self.warmup_steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}: schedule = {self.schedule!r} counts its warm-up in epochs; give warmup_steps = 0 and warmup_epochs")
-        if self.teacher_store and self.repeated_augmentation != "off":
-            raise ValueError("teacher_store = True: it keeps one view of each image an epoch, and repeated_augmentation shows several; give teacher_store = False, or repeated_augmentation = 'off'")
-        if self.cat_classes == 1 and (self.cat_choice, self.cat_count) == ("highest", "original"):
-            raise ValueError("cat_classes = 1: counted as in the original, that is no class; allowed: 2 and more, or cat_count = 'exact'")
+        _check_together(self)
         return self
 
     @property

@@ -117,7 +117,7 @@ def build_optimizer(student: Network, objective: nn.Module, config: Settings) ->
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
-
+# %% ../nbs/09d_step.ipynb #65153a00
 def build_schedule(optimizer: torch.optim.Optimizer, config: Settings, steps: int = 1) -> Scheduler:
     """Learning rate per epoch or step: `schedule.step(epoch)` and `schedule.step_update(number of the step in the run)` set it, both counted from 0. `steps` is for one epoch."""
     epochs = max(config.epochs, 1)
