@@ -201,9 +201,9 @@ def published_figure(row: str, config: Settings) -> str:
 
 # %% ../nbs/09_records.ipynb #4f178f09
 def table_runs(config: Settings) -> dict[str, list[Settings]]:
-    """The runs behind each row of the accuracy table of `config`, each with all seeds: the teacher, if a method learns from it, then every method."""
+    """The runs behind each row of the accuracy table of `config`, each with all seeds: the teacher, if `method` or one of `methods` learns from it (or no method is named), then every method."""
     seeded, rows = [config.replace(seed=seed, checkpoint=None, image=None) for seed in config.seeds], {}
-    if not config.methods or any(find_method(method).teacher for method in config.methods):
+    if not config.methods or any(find_method(method).teacher for method in (config.method, *config.methods)):
         teachers = [teacher_settings(one) for one in seeded]
         rows["teacher"] = [one for k, one in enumerate(teachers) if one not in teachers[:k]]  # one for all seeds if `teacher_seed` says so
     for method in config.methods:
