@@ -28,3 +28,36 @@ def papermill(tmp_path):
                               **{"capture_output": True, "stdin": subprocess.DEVNULL, **options})
 
     return start
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread while the tests of a module run."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def with_stops(monkeypatch):
+    """Call `train` again and again: it fails right after the checkpoints with these numbers, counted over all calls, and goes on in the next call."""
+
+    def run(train, numbers):
+        import ctrlscam.loop
+        save, saved = ctrlscam.loop.save_checkpoint, []
+
+        def stopped(state):
+            save(state)
+            saved.append(state)
+            if len(saved) in numbers:
+                raise KeyError("stopped")
+
+        monkeypatch.setattr(ctrlscam.loop, "save_checkpoint", stopped)
+        for _ in numbers:
+            with pytest.raises(KeyError):
+                train()
+        train()
+
+    return run

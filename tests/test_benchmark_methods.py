@@ -12,12 +12,7 @@ from ctrlscam.store import record_bytes
 TINY = Settings(max_classes=4, max_images=24, image_size=56, batch_size=8, teacher="test_resnet", student="test_resnet", device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

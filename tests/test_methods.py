@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ctrlscam.loop
 from ctrlscam.config import RECIPES, Settings, SettingsError, teacher_settings
 from ctrlscam.data import load_table
 from ctrlscam.losses import cat_loss
@@ -46,25 +45,13 @@ def test_all_methods_train_side_by_side_and_alone_alike(tiny):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-def test_ramps_and_own_parameters_survive_interruptions(tiny, monkeypatch):
+def test_ramps_and_own_parameters_survive_interruptions(tiny, with_stops):
     """Stopped twice in the middle of an epoch, weights that rise and layers that belong to the method go on as if nothing had happened."""
     runs = [tiny.replace(method=name, together=3, epochs=3, sdd_ramp=1, dkd_ramp=1, checkpoint_minutes=0) for name in ("sdd", "fitnet", "dkd")]
     distill_together(runs)
     others = [one.replace(output_dir=f"{tiny.output_dir}/again") for one in runs]
     shutil.copytree(Path(tiny.output_dir) / "synthbirds", Path(others[0].output_dir) / "synthbirds", ignore=lambda folder, names: [one for one in names if one.startswith(("sdd-", "fitnet-", "dkd-"))])
-    save, saved = ctrlscam.loop.save_checkpoint, []
-
-    def stopped(state):
-        save(state)
-        saved.append(state)
-        if len(saved) in (7, 20):
-            raise KeyError("stopped")
-
-    monkeypatch.setattr(ctrlscam.loop, "save_checkpoint", stopped)
-    for _ in range(2):
-        with pytest.raises(KeyError):
-            distill_together(others)
-    distill_together(others)
+    with_stops(lambda: distill_together(others), (7, 20))
     for one, other in zip(runs, others):
         ours, theirs = (load_file(run_folder(run) / "last.safetensors") for run in (one, other))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), one.method

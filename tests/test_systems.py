@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-import ctrlscam.loop
 from ctrlscam.config import Settings, SettingsError, teacher_settings
 from ctrlscam.data import class_count, load_table
 from ctrlscam.herbs import Herbs
@@ -118,22 +117,11 @@ def test_herbs_study_needs_no_teacher(tiny):
         assert run_folder(other) != run_folder(config) and run_folder(other.replace(method="ce")) == run_folder(config.replace(method="ce"))
 
 
-def test_schedule_of_steps_and_halving_survive_interruptions(tiny, monkeypatch):
+def test_schedule_of_steps_and_halving_survive_interruptions(tiny, with_stops):
     whole = tiny.replace(method="herbs", epochs=3, schedule="cosine_steps", warmup_steps=4, warmup_epochs=0, optimizer="nesterov", checkpoint_minutes=0, accumulate=2, **HERBS)
     distill(whole)
-    again, save, saved = whole.replace(output_dir=f"{tiny.output_dir}/again"), ctrlscam.loop.save_checkpoint, []
-
-    def stopped(state):
-        save(state)
-        saved.append(state)
-        if len(saved) in (2, 6):
-            raise KeyError("stopped")
-
-    monkeypatch.setattr(ctrlscam.loop, "save_checkpoint", stopped)
-    for _ in range(2):
-        with pytest.raises(KeyError):
-            distill(again)
-    distill(again)
+    again = whole.replace(output_dir=f"{tiny.output_dir}/again")
+    with_stops(lambda: distill(again), (2, 6))
     ours, theirs = (load_file(run_folder(run) / "last.safetensors") for run in (whole, again))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     metrics = [(run_folder(run) / "metrics.csv").read_text() for run in (whole, again)]
