@@ -10,6 +10,7 @@ __all__ = ['PyramidPath', 'TokenClassifier', 'refinement_temperature', 'select_t
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,7 +273,7 @@ class Herbs(Network):
     `name`: a timm name. `num_classes`: K. `pretrained`: timm's published weights for the backbone. `weights`: a file in their place, of a backbone or
     of a whole HERBS network; see the attribute `load_report`. `image_size`: pixels, one number or height and width; it cannot change later.
     `width`: D. `selects`: places selected in each stage, the finest first. `heads`: 9, or 5 for a network that is trained without refinement.
-    `drop_path`: stochastic depth of the backbone. `.grids`: (H_i, W_i). `.knows_classes`: whether `weights` held the heads as well.
+    `drop_path`: stochastic depth of the backbone. `.grids`: (H_i, W_i).
 
     Raises ValueError for an unknown name, fewer than four stages, an image size the network does not take, and selects that do not fit.
     Source: HERBS (arXiv 2303.06442)."""
@@ -292,9 +293,10 @@ class Herbs(Network):
         _check_selects(selects, self.grids, name)
         self.head = MultiStageHead([shape[0] for shape in shapes], self.grids, num_classes, width=width, selects=selects, heads=heads)
         self.places = self.head.places
-        self.knows_classes = whole
         if whole:
             self.load_report = load_herbs_checkpoint(self, weights)
+        elif self.load_report is not None:  # a file of the backbone leaves all heads as they were drawn
+            self.load_report = replace(self.load_report, missing=(*self.load_report.missing, *(name for name, _ in self.named_parameters() if name.startswith("head."))))
 
     def forward(self, images: Tensor, stages: bool = False) -> HerbsOutputs:
         if stages:

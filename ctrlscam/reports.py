@@ -42,7 +42,7 @@ def open_network(config: Settings, num_classes: int, checkpoint: str | Path | No
     if path.suffix == ".safetensors":
         return load_network(config, num_classes, path).to(pick_device(config)).eval()
     network = build_student(config.replace(student_weights=str(path)), num_classes)
-    if (report := network.load_report).missing or report.mismatched_shapes or not getattr(network, "knows_classes", True):
+    if (report := network.load_report).missing or report.mismatched_shapes:
         raise ValueError(f"checkpoint {path} leaves a part of the network as it was initialised, so its answers would be guesses:\n{report}")
     return network.to(pick_device(config)).eval()
 

@@ -49,7 +49,7 @@ def _check_knowledge(config: Settings, teacher: Network) -> None:
     """Raise SettingsError if a teacher that is taken as it is would guess, since its weights hold no classifier of these classes."""
     report, published = teacher.load_report, timm.get_pretrained_cfg(config.student, allow_unregistered=True)
     new = config.student_weights == "scratch" or find_method(config.method).multi_stage or published.num_classes != teacher.num_classes
-    guesses = new if report is None else bool(report.missing or report.mismatched_shapes) or not getattr(teacher, "knows_classes", True)
+    guesses = new if report is None else bool(report.missing or report.mismatched_shapes)
     if config.epochs == 0 and guesses and not config.smoke:
         raise SettingsError(f"teacher_epochs = 0: the weights of {config.student} hold no classifier of these {teacher.num_classes} classes, so the teacher would guess; let it train, or give other weights")
 
